@@ -1,0 +1,848 @@
+"""MAGRPO: several language models, fine-tuned together by reinforcement learning, learn to cooperate.
+
+Multi-Agent Group Relative Policy Optimization (arXiv 2508.04652). One training step:
+
+    rollout           every agent samples G completions of its own prompt, not seeing the others' (`sample`);
+                      they are paired into K joint actions, each with one joint reward (`joint_actions`);
+                      with several turns, every joint action becomes a node of the next turn
+    returns_to_go     return of a joint action = its reward + discount * mean return of its continuations
+    group_advantages  how much better a completion did than its group; no critic is needed
+    policy_loss       raise or lower the probability of its tokens accordingly, clipped as in PPO
+    update            minibatches of nodes, one optimizer step each, in micro-batches that fit the memory
+
+One letter per axis: N agents, H turns, B nodes of a turn (an item and the history that led there), G completions of
+an agent at a node (its group), K joint actions of a node, R = B * G rows of a block, P prompt tokens, C completion
+tokens, V vocabulary, D head dimension.
+
+A rollout is a list of turn tables, so a single turn is a list of one, evaluation is G = 1, and GRPO is N = 1.
+README.md lists the differences from the paper and from the reference code, with reasons.
+"""
+
+import itertools
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+
+class UserError(ValueError):
+    """Something the user can mend; `train.py` prints it as one line and exits with code 2."""
+
+
+# ---------------------------------------------------------------- the policy
+
+
+def log_policy(logits, temperature):
+    """The one definition of the policy: (..., V) logits -> (..., V) float32 log-probabilities.
+
+    Sampler and scorer both call it. There is no top-k or top-p: they would sample from one distribution and train
+    another.
+    """
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+class TokenLogProb(torch.autograd.Function):
+    """`log_policy(logits, temperature)` at the tokens, (R, C, V) and (R, C) -> (R, C), one row at a time.
+
+    The same as gather after log_policy; but float32 copies of the logits, the largest tensors of training, exist for
+    one row only, and the backward pass writes the gradient once, softmax less one-hot, instead of adding up zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature = temperature
+        rows = zip(logits, tokens, strict=True)
+        return torch.stack([log_policy(x, temperature).gather(-1, t[:, None])[:, 0] for x, t in rows])
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, tokens = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for x, t, g, o in zip(logits, tokens, grad, out, strict=True):
+            dlogits = log_policy(x, ctx.temperature).exp_().mul_(-g[:, None])  # (C, V)
+            dlogits.scatter_add_(-1, t[:, None], g[:, None])
+            o.copy_(dlogits.div_(ctx.temperature))
+        return out, None, None
+
+
+class Policy:
+    """A language model that plays one role or several, with its tokenizer and, when it trains, its optimizer.
+
+    agents: the roles it plays. One policy per agent is the paper's setting; one policy for all is parameter sharing.
+    lr: learning rate of AdamW in float32; None for a policy that only answers. dtype: what forward and backward
+    compute in. Other than float32, the optimizer keeps float32 master weights: steps at the usual 1e-6 to 1e-5 are
+    smaller than the spacing of bfloat16 numbers and would be lost.
+    """
+
+    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # the policy that is scored must be the one that sampled
+        self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
+        own = [
+            model.generation_config.eos_token_id,
+            model.config.eos_token_id,
+            getattr(tokenizer, "eos_token_id", None),
+        ]
+        flat = itertools.chain.from_iterable(i if isinstance(i, (list, tuple)) else [i] for i in own)
+        self.stop_ids = sorted({i for i in flat if i is not None}) if stop_ids is None else list(stop_ids)
+        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
+        if lr and dtype != torch.float32:
+            self.masters = [p.detach().float().clone().requires_grad_() for p in self.masters]
+        model.to(dtype)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True) if lr else None
+        use_group_attention(model)
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def encode(self, prompt):
+        """Token ids of a prompt, as one user message where the tokenizer has a chat template. Lists pass through."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(prompt)["input_ids"]
+        message = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+
+    def decode(self, completions):
+        """The R texts of a block, without the stop token and what follows."""
+        lengths = completions.mask.sum(1) - completions.ended.long()
+        rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
+        return [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in rows]
+
+    def save(self, folder):
+        """Write model and tokenizer as `from_pretrained` of transformers reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def collect_gradients(self):
+        """Add the model's gradients to the masters', in float32."""
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        for p, master in zip(trained, self.masters, strict=True):
+            if p is not master and p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+    def step(self, max_grad_norm):
+        """Clip, step, and copy the masters to the model. Returns the gradient norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        with torch.no_grad():
+            for p, master in zip(trained, self.masters, strict=True):
+                if p is not master:
+                    p.copy_(master)
+        return norm.item()
+
+
+# ---------------------------------------------------------------- attention of a group
+
+
+class GroupCache:
+    """Keys and values of B prompts, once each, and of the R = B * G suffixes that grow from them.
+
+    prompt[layer]: two tensors (B, Hkv, P, D) for Hkv key heads; suffix[layer]: two (R, Hkv, C, D), filled up to `length`.
+    """
+
+    def __init__(self, prompt_mask, max_suffix=0):
+        self.prompt_mask = prompt_mask  # (B, P), True where a suffix may look
+        self.max_suffix, self.length = max_suffix, 0
+        self.prompt, self.suffix = {}, {}
+
+    def append(self, layer, key, value):
+        """Store one token's key and value, (R, Hkv, 1, D) each; return all of the suffix so far."""
+        if layer not in self.suffix:
+            shape = (*key.shape[:2], self.max_suffix, key.shape[3])
+            self.suffix[layer] = key.new_empty(shape), value.new_empty(shape)
+        end = self.length + 1
+        for buffer, new in zip(self.suffix[layer], (key, value), strict=True):
+            buffer[:, :, self.length : end] = new
+        return [buffer[:, :, :end] for buffer in self.suffix[layer]]
+
+
+def group_attention(module, query, key, value, attention_mask, scaling=None, *, cache, phase, **kwargs):
+    """Attention of G completions that share a prompt, without repeating the prompt's keys and values.
+
+    query (rows, heads, T, D), key and value (rows, Hkv, T, D); returns (rows, T, heads, D), None. phase says what kind
+    of call this is: "prompt" stores B prompts, "decode" appends one token to each of R suffixes, "score" attends from
+    whole suffixes, with gradients through the stored prompts. It travels with the call and is not state of the
+    cache, because gradient checkpointing calls again. Only non-reentrant checkpointing is right: the stored prompt
+    leaves the checkpointed block on the side.
+    """
+    refuse = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    window = kwargs.get("sliding_window")
+    if window is not None and window < cache.prompt_mask.shape[1] + max(cache.max_suffix, query.shape[2]):
+        refuse.append(f"a sliding window of {window} tokens, shorter than prompt and completion")
+    if refuse:
+        raise UserError(f"this model's attention uses {', '.join(refuse)}, which magrpo.py does not implement")
+    if phase == "prompt":
+        cache.prompt[module.layer_idx] = key, value
+        shared = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
+        return out.transpose(1, 2), None
+    suffix = cache.append(module.layer_idx, key, value) if phase == "decode" else (key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query * scale, cache.prompt[module.layer_idx], suffix, cache.prompt_mask), None
+
+
+def attend(query, prompt, suffix, prompt_mask):
+    """query (R, heads, T, D) over a shared prompt and its own suffix of S >= T tokens -> (R, T, heads, D).
+
+    The queries of a group, and of the heads that share a key head, fold into one product with the prompt's keys.
+    """
+    (B, Hkv, P, D), (R, heads, T, _), S = prompt[0].shape, query.shape, suffix[0].shape[2]
+    group, share = R // B, heads // Hkv
+    folded = query.reshape(B, group, Hkv, share, T, D).transpose(1, 2)  # (B, Hkv, G, share, T, D)
+    to_prompt = folded.reshape(B, Hkv, -1, D) @ prompt[0].mT
+    to_suffix = query.reshape(R, Hkv, share * T, D) @ suffix[0].mT
+    scores = torch.cat(  # (B, Hkv, G, share, T, P + S), float32 also under bfloat16
+        [
+            to_prompt.view(B, Hkv, group, share, T, P),
+            to_suffix.view(B, group, Hkv, share, T, S).transpose(1, 2),
+        ],
+        dim=-1,
+    ).float()
+    scores[..., :P].masked_fill_(~prompt_mask.view(B, 1, 1, 1, 1, P), float("-inf"))
+    if T > 1:
+        future = torch.ones(T, S, dtype=torch.bool, device=query.device).triu(1 + S - T)
+        scores[..., P:].masked_fill_(future, float("-inf"))
+    weights = scores.softmax(-1).to(query.dtype)
+    on_prompt, on_suffix = weights.split([P, S], dim=-1)
+    out = (on_prompt.reshape(B, Hkv, -1, P) @ prompt[1]).view(B, Hkv, group, share, T, D).transpose(1, 2)
+    own = on_suffix.transpose(1, 2).reshape(R, Hkv, share * T, S) @ suffix[1]
+    return (out.reshape(R, heads, T, D) + own.view(R, heads, T, D)).transpose(1, 2)
+
+
+def use_group_attention(model):
+    """Switch the model to `group_attention`, after a comparison with its own attention on a few random tokens.
+
+    Raises UserError for a model whose layers are not all of a kind that the group cache serves.
+    """
+    AttentionInterface.register("group", group_attention)
+    tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens, training = tokens.to(next(model.parameters()).device), model.training
+    model.eval()
+    with torch.no_grad():
+        own = model(tokens, use_cache=False).logits[:, 3:8].float()
+        model.set_attn_implementation("group")
+        prompts, attn = pad_prompts([row[:4] for row in tokens.tolist()], tokens.device)
+        block = Completions(prompts, attn, tokens[:, 4:], tokens[:, 4:] >= 0, torch.zeros(2, 5), tokens[:, 0] < 0)
+        error = (completion_logits(model, block).float() - own).norm() / own.norm()
+    model.train(training)
+    if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):  # `not <` also refuses NaN
+        raise UserError(f"group attention does not reproduce {type(model).__name__} (relative error {error:.1g})")
+
+
+# ---------------------------------------------------------------- sampling and scoring
+
+
+@dataclass
+class Completions:
+    """R = B * G completions of B prompts; the completions of a prompt are neighbours."""
+
+    prompt: torch.Tensor  # (B, P) ids, padded on the right
+    attn: torch.Tensor  # (B, P) True on the prompt's tokens
+    tokens: torch.Tensor  # (R, C) sampled ids; after the stop token, anything
+    mask: torch.Tensor  # (R, C) True on what the policy chose, the stop token included
+    logp: torch.Tensor  # (R, C) float32, the sampler's log-probabilities, 0 where mask is False
+    ended: torch.Tensor  # (R,) True if it stopped by itself, False if it was cut at max_new_tokens
+
+    def __post_init__(self):
+        (B, P), (R, C) = self.prompt.shape, self.tokens.shape
+        assert self.attn.shape == (B, P) and self.attn[:, 0].all(), "every prompt has a token"
+        assert self.mask.shape == self.logp.shape == (R, C) and self.ended.shape == (R,)
+        assert R % B == 0, "every prompt has the same number of completions"
+
+    @property
+    def group(self):
+        return self.tokens.shape[0] // self.prompt.shape[0]
+
+    def select(self, nodes, members):
+        """The completions `members` (a slice of G) of the prompts `nodes` (ids), trimmed to what they need."""
+        B, G = self.prompt.shape[0], self.group
+        rows = [
+            x.view(B, G, *x.shape[1:])[nodes][:, members].flatten(0, 1) for x in (self.tokens, self.mask, self.logp)
+        ]
+        P, C = int(self.attn[nodes].sum(1).max()), int(rows[1].sum(1).max())
+        ended = self.ended.view(B, G)[nodes][:, members].flatten()
+        return Completions(self.prompt[nodes, :P], self.attn[nodes, :P], *(x[:, :C] for x in rows), ended)
+
+
+def pad_prompts(prompts, device):
+    """Lists of ids -> ids and mask, (B, P) each, padded on the right, where a causal prompt cannot see it."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
+def fill_cache(model, prompt, attn, group, max_suffix=0):
+    """Run the prompts. Returns the cache, each row's last prompt token (R, 1) and its position (R, 1).
+
+    The last token is left to the suffixes, which it opens: then each suffix token's logits predict the next one, and
+    the first sampled token is no special case.
+    """
+    last = attn.sum(1, keepdim=True) - 1  # (B, 1)
+    width = max(prompt.shape[1] - 1, 1)
+    cache = GroupCache(torch.arange(width, device=prompt.device) < last, max_suffix)
+    positions = torch.arange(width, device=prompt.device).expand(prompt.shape[0], width)
+    forward(model, prompt[:, :width], positions, cache, "prompt", logits_to_keep=1)
+    first = prompt.gather(1, last)
+    return cache, first.repeat_interleave(group, 0), last.repeat_interleave(group, 0)
+
+
+def forward(model, tokens, positions, cache, phase, **kwargs):
+    """Logits of one call of the model through `group_attention`."""
+    return model(tokens, position_ids=positions, use_cache=False, cache=cache, phase=phase, **kwargs).logits
+
+
+@torch.no_grad()
+def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
+    """Draw `group` completions of each of B prompts (texts, or lists of ids) -> Completions with R = B * group rows.
+
+    streams: a tuple of non-negative integers for each prompt, from which all its random numbers follow: a completion
+    depends neither on its batch mates nor on what was drawn before. By default they come from torch's generator.
+    """
+    if streams is None:
+        streams = [(seed,) for seed in torch.randint(2**62, (len(prompts),)).tolist()]
+    model, device, training = policy.model, policy.device, policy.model.training
+    model.eval()  # in training mode, gradient checkpointing and dropout would be on
+    draws = [np.random.default_rng(s).random((group, max_new_tokens), np.float32) for s in streams]
+    uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C)
+    prompt, attn = pad_prompts([policy.encode(p) for p in prompts], device)
+    cache, token, position = fill_cache(model, prompt, attn, group, max_new_tokens)
+    stop_ids = torch.tensor(policy.stop_ids, device=device, dtype=torch.long)
+    ended = torch.zeros(len(uniform), dtype=torch.bool, device=device)
+    tokens, mask, logps = [], [], []
+    for u in uniform.split(1, dim=1):
+        logp = log_policy(forward(model, token, position, cache, "decode")[:, -1], temperature)  # (R, V)
+        cache.length, position = cache.length + 1, position + 1
+        token = inverse_cdf(logp.exp(), u)  # (R, 1)
+        tokens.append(token)
+        mask.append(~ended)
+        logps.append(logp.gather(1, token)[:, 0].masked_fill(ended, 0.0))
+        ended = ended | torch.isin(token[:, 0], stop_ids)
+        if ended.all():
+            break
+    model.train(training)
+    return Completions(prompt, attn, torch.cat(tokens, 1), torch.stack(mask, 1), torch.stack(logps, 1), ended)
+
+
+def inverse_cdf(probs, u):
+    """Draw from (R, V) probabilities with one uniform number in [0, 1) for each row, (R, 1) -> ids (R, 1)."""
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # below the total even when u * total rounds up to it: the first entry above the target has probability > 0
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)
+
+
+def completion_logits(model, completions):
+    """Logits of all completion tokens, (R, C, V), in one call over the prompts and one over the completions."""
+    cache, first, last = fill_cache(model, completions.prompt, completions.attn, completions.group)
+    tokens = torch.cat([first, completions.tokens[:, :-1]], 1)  # (R, C)
+    positions = last + torch.arange(tokens.shape[1], device=tokens.device)
+    return forward(model, tokens, positions, cache, "score")
+
+
+def token_logprobs(policy, completions, temperature):
+    """Log-probability of every sampled token, (R, C) float32, with gradient; 0 where the mask is False."""
+    logits = completion_logits(policy.model, completions)
+    return TokenLogProb.apply(logits, completions.tokens, temperature).masked_fill(~completions.mask, 0.0)
+
+
+# ---------------------------------------------------------------- rollout
+
+
+@dataclass
+class Turn:
+    """One turn of every tree: a table of B nodes x K joint actions."""
+
+    items: list  # B items
+    slots: list  # B, the item's place in the step, the same however the step is split
+    histories: list  # B lists of one {"texts": N texts, "reward": dict} per earlier turn
+    branches: list  # B, which path of its tree a node is
+    parent: torch.Tensor  # (B,) the cell b * K + k of the turn before that the node continues
+    joint: torch.Tensor  # (K, N) which completion of each agent forms a joint action
+    texts: list  # N x B x G
+    rewards: torch.Tensor  # (B, K) float64
+    parts: list  # B x K dicts of the reward's parts
+    completions: list  # one block for each policy, nodes of its agents one after the other: (A * B) * G rows
+
+
+def joint_actions(num_agents, group, mode):
+    """(K, N) table: row k holds which of its G completions each agent contributes to joint action k.
+
+    aligned: the g-th completions together, K = G. crossed: the Cartesian product, K = G ** N; nothing more is
+    generated, but more rewards are computed.
+    """
+    if mode == "aligned":
+        return torch.arange(group)[:, None].expand(group, num_agents)
+    if mode == "crossed":
+        return torch.cartesian_prod(*[torch.arange(group)] * num_agents).view(-1, num_agents)
+    raise UserError(f"unknown joint mode {mode!r}: choose aligned or crossed")
+
+
+def rollout(
+    policies,
+    task,
+    items,
+    *,
+    group,
+    max_new_tokens,
+    temperature=1.0,
+    turns=1,
+    joint="aligned",
+    seed=0,
+    step=0,
+    slots=None,
+    stop_above=float("inf"),
+    ranks=None,
+):
+    """Grow one tree per item, breadth first -> list of at most `turns` Turn tables.
+
+    A joint action that the task calls done, and all joint actions of a node whose mean reward passes stop_above, are
+    not continued. Random numbers are a function of (seed, step, turn, agent, slot, branch) alone.
+    """
+    ranks, table = ranks or Ranks(), []
+    pairing = joint_actions(task.num_agents, group, joint)
+    slots = range(len(items)) if slots is None else slots
+    nodes = [(item, slot, [], 0, -1) for item, slot in zip(items, slots, strict=True)]
+    for t in range(turns):
+        if not nodes:
+            break
+        items, slots, histories, branches, parent = map(list, zip(*nodes, strict=True))
+        completions, texts = [], {}
+        for policy in policies:
+            roles = [(agent, b) for agent in policy.agents for b in range(len(nodes))]
+            prompts = [fit_prompt(policy, task, agent, items[b], histories[b], max_new_tokens) for agent, b in roles]
+            streams = [(seed, step, t, agent, slots[b], branches[b]) for agent, b in roles]
+            completions.append(sample(policy, prompts, group, max_new_tokens, temperature, streams))
+            answers = policy.decode(completions[-1])
+            for i, (agent, _) in enumerate(roles):
+                texts.setdefault(agent, []).append(answers[i * group : (i + 1) * group])
+        texts = {agent: answers for part in ranks.exchange(texts) for agent, answers in part.items()}
+        texts = [texts[agent] for agent in range(task.num_agents)]
+        parts = joint_rewards(task, items, histories, texts, pairing, ranks)
+        rewards = torch.tensor([[p["total"] for p in row] for row in parts], dtype=torch.float64)
+        parent = torch.tensor(parent)
+        table.append(Turn(items, slots, histories, branches, parent, pairing, texts, rewards, parts, completions))
+        nodes = next_nodes(task, table[-1], stop_above)
+    return table
+
+
+def fit_prompt(policy, task, agent, item, history, max_new_tokens):
+    """Token ids of an agent's prompt. One that outgrows the context loses its oldest turns, one after the other."""
+    for start in range(len(history) + 1):
+        ids = policy.encode(task.prompts(item, history[start:])[agent])
+        if policy.context is None or len(ids) + max_new_tokens <= policy.context:
+            return ids
+    raise UserError(
+        f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of {policy.context}: "
+        "shorten the item or lower --max-new-tokens"
+    )
+
+
+def joint_rewards(task, items, histories, texts, pairing, ranks):
+    """B x K reward dicts. Agents that live apart judge a share each and exchange the results."""
+    jobs = [
+        (items[b], histories[b], [texts[agent][b][g] for agent, g in enumerate(row)])
+        for b in range(len(items))
+        for row in pairing.tolist()
+    ]
+    results = [None] * len(jobs)
+    for i, share in enumerate(ranks.exchange(task.rewards(jobs[ranks.peer :: ranks.num_peers]))):
+        results[i :: ranks.num_peers] = share
+    return [results[i : i + len(pairing)] for i in range(0, len(jobs), len(pairing))]
+
+
+def next_nodes(task, turn, stop_above):
+    """The nodes of the next turn: one for each joint action that goes on."""
+    nodes, K = [], len(turn.joint)
+    for b, item in enumerate(turn.items):
+        if turn.rewards[b].mean() > stop_above:
+            continue
+        for k, row in enumerate(turn.joint.tolist()):
+            texts = [turn.texts[agent][b][g] for agent, g in enumerate(row)]
+            history = [*turn.histories[b], {"texts": texts, "reward": turn.parts[b][k]}]
+            if not task.done(item, history):
+                nodes.append((item, turn.slots[b], history, turn.branches[b] * K + k, b * K + k))
+    return nodes
+
+
+# ---------------------------------------------------------------- credit
+
+
+def returns_to_go(turns, discount):
+    """For each turn (B, K) float64: reward + discount * mean return of the node that continues the joint action."""
+    returns = [turn.rewards.clone() for turn in turns]
+    for t in range(len(turns) - 1, 0, -1):
+        returns[t - 1].view(-1)[turns[t].parent] += discount * returns[t].mean(1)
+    return returns
+
+
+def group_advantages(returns, joint, group, kind):
+    """(B, K) returns -> (N, B, G) float32 advantages of each agent's completions.
+
+    A completion's credit is the mean return of the joint actions that hold it (the reference code sums: another
+    scale, which "std" removes). The baseline comes from the same agent's group at the same node: "mean" subtracts the
+    mean (the paper), "std" also divides by the standard deviation (its code, and the default), "rloo" subtracts the
+    mean of the others, "max" the maximum, "raw" nothing. Equal credits have advantage exactly 0, except "raw".
+    """
+    member = F.one_hot(joint, group).to(returns.dtype)  # (K, N, G)
+    credit = torch.einsum("bk,kng->nbg", returns, member) / member.sum(0)[:, None]
+    mean, best = credit.mean(-1, keepdim=True), credit.amax(-1, keepdim=True)
+    spread = best - credit.amin(-1, keepdim=True)
+    flat = spread <= 1e-9 * credit.abs().amax(-1, keepdim=True)  # rounding, which "std" would blow up
+    if kind == "raw":
+        return credit.float()
+    if kind == "mean":
+        advantage = credit - mean
+    elif kind == "std":
+        advantage = (credit - mean) / credit.std(-1, keepdim=True, unbiased=False).masked_fill(flat, 1.0)
+    elif kind == "rloo":
+        advantage = (credit - mean) * (group / max(group - 1, 1))
+    elif kind == "max":
+        advantage = credit - best
+    else:
+        raise UserError(f"unknown advantage {kind!r}: choose std, mean, rloo, max or raw")
+    return advantage.masked_fill(flat, 0.0).float()
+
+
+def policy_loss(logp, logp_old, advantage, weight, clip_eps, clip_eps_high=None, kl=0.0, logp_ref=None):
+    """Clipped surrogate of PPO, summed with fixed token weights -> scalar. All arguments (R, C); advantage also (R,).
+
+    The ratio to the policy that sampled counts only up to 1 + clip_eps_high (by default clip_eps) where the advantage
+    is positive and only down to 1 - clip_eps where it is negative. kl adds that multiple of an estimate, never
+    negative, of the divergence from logp_ref: exp(d) - d - 1 for d = logp_ref - logp.
+    """
+    if advantage.dim() < logp.dim():
+        advantage = advantage[:, None]
+    ratio = torch.exp(logp - logp_old)
+    clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high))
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if kl:
+        d = logp_ref - logp
+        objective = objective - kl * (torch.exp(d) - d - 1)
+    return -(weight * objective).sum()
+
+
+# ---------------------------------------------------------------- update
+
+
+def row_weights(lengths, rows, tokens, turns, max_new_tokens, normalize):
+    """The weight of each token of a row, from the lengths of the rows and the totals of the whole minibatch.
+
+    Fixed before anything is split, so neither micro-batch nor world size can change a gradient. Every turn weighs the
+    same. "sequence": every row of a turn the same, every token of a row the same. "token": every token of a turn the
+    same. "constant": every token 1 / max_new_tokens of a row, whatever the row's length (Dr. GRPO, arXiv 2503.20783).
+    """
+    if normalize == "sequence":
+        return 1 / (lengths * rows * turns)
+    if normalize == "token":
+        return torch.ones_like(lengths, dtype=torch.float32) / (tokens * turns)
+    if normalize == "constant":
+        return torch.ones_like(lengths, dtype=torch.float32) / (max_new_tokens * rows * turns)
+    raise UserError(f"unknown normalisation {normalize!r}: choose sequence, token or constant")
+
+
+@dataclass
+class Block:
+    """What a policy learns from one turn: the groups of its A agents at B nodes, A * B groups of G completions."""
+
+    completions: Completions
+    advantage: torch.Tensor  # (A * B, G)
+    weight: torch.Tensor  # (A * B, G) of every token of a completion
+    minibatch: torch.Tensor  # (A * B,) the optimizer step that a group belongs to
+    live: torch.Tensor  # (A * B,) False where the whole group has advantage 0
+    origin: list  # A * B tuples (agent, slot, mean reward), for messages
+
+
+def make_blocks(policy, turns, completions, advantages, num_items, minibatches, normalize, max_new_tokens, ranks):
+    """Blocks of all turns, and how many live groups each minibatch has on all ranks, (minibatches,).
+
+    Minibatch m holds the trees of the items in slots m * num_items / minibatches up to the next one's first.
+    """
+    A, device, blocks = len(policy.agents), policy.device, []
+    totals = torch.zeros(minibatches, ranks.max(len(turns)), A, 3, dtype=torch.float64)  # rows, tokens, live groups
+    for t, turn in enumerate(turns):
+        minibatch = (torch.tensor(turn.slots) * minibatches // num_items).repeat(A)
+        advantage = advantages[t][policy.agents].flatten(0, 1)
+        live = (advantage != 0).any(1)
+        lengths = completions[t].mask.sum(1).view(advantage.shape).cpu()
+        counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1).double()
+        place = (minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots)))
+        totals.index_put_(place, counts, accumulate=True)
+        means = turn.rewards.mean(1).tolist()
+        origin = [(agent, *node) for agent in policy.agents for node in zip(turn.slots, means, strict=True)]
+        blocks.append((lengths, place, Block(completions[t], advantage.to(device), None, minibatch, live, origin)))
+    totals = ranks.sum(totals)
+    for lengths, place, block in blocks:
+        num_turns = (totals[:, :, 0, 0] > 0).sum(1)[block.minibatch]
+        rows, tokens, _ = totals[place].unbind(1)
+        weight = row_weights(lengths, rows[:, None], tokens[:, None], num_turns[:, None], max_new_tokens, normalize)
+        block.weight = weight.float().to(device)
+    return [block for _, _, block in blocks], totals[..., 2].sum((1, 2))
+
+
+def micro_batches(completions, nodes, micro_batch):
+    """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
+    group = completions.group
+    longest = completions.mask.sum(1).view(-1, group).amax(1).cpu()
+    for part in nodes[longest[nodes].argsort(descending=True)].split(max(micro_batch // group, 1)):
+        for start in range(0, group, micro_batch):
+            yield part, slice(start, start + micro_batch)
+
+
+def update(
+    policy,
+    blocks,
+    live_groups,
+    tally,
+    *,
+    temperature,
+    epochs=1,
+    micro_batch=16,
+    clip_eps=0.2,
+    clip_eps_high=None,
+    kl=0.0,
+    max_grad_norm=1.0,
+    ranks=None,
+):
+    """Fit a policy to its blocks: one optimizer step for each minibatch and epoch. What happens goes into the tally.
+
+    A minibatch without any advantage costs no forward pass and no step. Raises FloatingPointError when a loss or a
+    gradient is not finite.
+    """
+    ranks = ranks or Ranks()
+    fresh = True  # the policy is still the one that sampled
+    for m in list(range(len(live_groups))) * epochs:
+        if not live_groups[m] and not kl:
+            continue
+        for block in blocks:
+            wanted = (block.minibatch == m) & (block.live | bool(kl))
+            for nodes, members in micro_batches(block.completions, wanted.nonzero()[:, 0], micro_batch):
+                piece = block.completions.select(nodes, members)
+                advantage = block.advantage[nodes, members].flatten()
+                weight = block.weight[nodes, members].flatten()[:, None] * piece.mask
+                logp = token_logprobs(policy, piece, temperature)
+                # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
+                logp_old = logp.detach() if fresh else piece.logp
+                logp_ref = reference_logprobs(policy, piece, temperature) if kl else None
+                loss = policy_loss(logp, logp_old, advantage, weight, clip_eps, clip_eps_high, kl, logp_ref)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss.item()}, at {describe(block, nodes)}")
+                loss.backward()
+                policy.collect_gradients()
+                tally_ratio(tally, logp.detach(), piece, advantage, clip_eps, clip_eps_high, fresh)
+        ranks.sum_gradients(policy.masters)
+        tally.add(f"grad_norm/agent_{policy.agents[0]}", policy.step(max_grad_norm))
+        fresh = False
+
+
+@torch.no_grad()
+def reference_logprobs(policy, completions, temperature):
+    """Log-probabilities under the initial policy, the frozen copy that `policy.reference` holds."""
+    return token_logprobs(policy.reference, completions, temperature)
+
+
+def describe(block, nodes):
+    """Where a piece comes from, for an error message."""
+    lengths = block.completions.mask.sum(1).view(block.weight.shape)
+    lines = []
+    for node in nodes.tolist():
+        agent, slot, reward = block.origin[node]
+        lines.append(f"agent {agent}, item {slot}, lengths {lengths[node].tolist()}, mean reward {reward:.3f}")
+    return "; ".join(lines)
+
+
+def tally_ratio(tally, logp, piece, advantage, clip_eps, clip_eps_high, fresh):
+    """Record how far the policy is from the one that sampled: the noise of two kernels at first, then the steps."""
+    ratio = torch.exp(logp - piece.logp)
+    high = 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
+    bound = torch.where(advantage[:, None] > 0, ratio > high, ratio < 1 - clip_eps) & (advantage[:, None] != 0)
+    count = piece.mask.sum().item()
+    tally.add("clip_fraction", (bound & piece.mask).sum().item(), count)
+    tally.add("approx_kl", ((ratio - 1 - (logp - piece.logp)) * piece.mask).sum().item(), count)
+    if fresh:
+        tally.peak("ratio_max", (ratio[piece.mask] - 1).abs().max().item())
+
+
+def train_step(policies, task, items, *, seed, step, discount, advantage, sampling, fitting, ranks=None):
+    """One step of MAGRPO on a list of items -> this rank's turn tables and the metrics of all ranks.
+
+    sampling: keyword arguments of `rollout`. fitting: minibatches, normalize, and keyword arguments of `update`.
+    """
+    ranks, tally, start = ranks or Ranks(), Tally(), time.perf_counter()
+    slots = range(ranks.replica, len(items), ranks.num_replicas)
+    turns = rollout(
+        policies, task, [items[s] for s in slots], slots=slots, seed=seed, step=step, ranks=ranks, **sampling
+    )
+    tally_rollout(tally, turns, policies, discount, time.perf_counter() - start, ranks)
+    start = time.perf_counter()
+    returns = returns_to_go(turns, discount)
+    advantages = [
+        group_advantages(r, t.joint, sampling["group"], advantage) for r, t in zip(returns, turns, strict=True)
+    ]
+    fitting = dict(fitting)
+    split = fitting.pop("minibatches"), fitting.pop("normalize"), sampling["max_new_tokens"]
+    for i, policy in enumerate(policies):
+        blocks, live = make_blocks(
+            policy, turns, [t.completions[i] for t in turns], advantages, len(items), *split, ranks
+        )
+        update(policy, blocks, live, tally, temperature=sampling["temperature"], ranks=ranks, **fitting)
+    tally.add("update_s", time.perf_counter() - start)
+    flat = [(a == 0).all(-1).float() for a in advantages]
+    tally.add("flat_groups", sum(f.sum().item() for f in flat), sum(f.numel() for f in flat))
+    return turns, ranks.reduce(tally)
+
+
+def evaluate(policies, task, items, *, seed, sampling, discount=1.0, nodes=32, ranks=None):
+    """The same rollout with G = 1, on held-out items -> this rank's turn tables, one list a chunk, and the metrics."""
+    ranks, tally, chunks = ranks or Ranks(), Tally(), []
+    sampling = sampling | {"group": 1, "joint": "aligned"}
+    slots = range(ranks.replica, len(items), ranks.num_replicas)
+    for first in range(0, len(slots), nodes):
+        part, start = slots[first : first + nodes], time.perf_counter()
+        chunk = [items[s] for s in part]
+        chunks.append(rollout(policies, task, chunk, slots=part, seed=seed, step=EVALUATION, ranks=ranks, **sampling))
+        tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
+    return chunks, ranks.reduce(tally)
+
+
+EVALUATION = 2**32  # stands where random streams have the step: no training step reaches it
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Tally:
+    """Metrics as (sum, count), so that they add up over pieces and ranks and are divided once; peaks as maxima.
+
+    A count of 0 throughout makes a plain total.
+    """
+
+    def __init__(self):
+        self.sums, self.peaks = defaultdict(lambda: [0.0, 0.0]), {}
+
+    def add(self, name, total, count=1):
+        self.sums[name][0] += total
+        self.sums[name][1] += count
+
+    def peak(self, name, value):
+        self.peaks[name] = max(value, self.peaks.get(name, value))
+
+    @staticmethod
+    def merge(tallies):
+        """The metrics of several (sums, peaks) together."""
+        merged = Tally()
+        for sums, peaks in tallies:
+            for name, (total, count) in sums.items():
+                merged.add(name, total, count)
+            for name, value in peaks.items():
+                merged.peak(name, value)
+        return {name: total / (count or 1) for name, (total, count) in merged.sums.items()} | merged.peaks
+
+
+def tally_rollout(tally, turns, policies, discount, seconds, ranks):
+    """Rewards and their parts on the leaves (joint actions that nothing continues), returns, lengths, speed."""
+    tokens = 0
+    for t, turn in enumerate(turns):
+        tally.add(f"reward/turn_{t}", turn.rewards.sum().item(), turn.rewards.numel())
+        tally.add(f"nodes/turn_{t}", len(turn.items) if ranks.peer == 0 else 0, 0)
+        continued = set(turns[t + 1].parent.tolist()) if t + 1 < len(turns) else set()
+        for cell, parts in enumerate(itertools.chain.from_iterable(turn.parts)):
+            for name, value in parts.items() if cell not in continued else ():
+                if isinstance(value, (int, float)):
+                    tally.add("reward" if name == "total" else f"reward/{name}", value)
+        for policy, block in zip(policies, turn.completions, strict=True):
+            lengths = block.mask.sum(1).view(len(policy.agents), -1).tolist()
+            for agent, row in zip(policy.agents, lengths, strict=True):
+                tally.add(f"length/agent_{agent}", sum(row), len(row))
+                tokens += sum(row)
+            tally.add("truncated", (~block.ended).sum().item(), block.ended.numel())
+    for root in returns_to_go(turns, discount)[:1]:
+        tally.add("return", root.sum().item(), root.numel())
+    tally.add("sample_tokens_per_s", tokens, seconds / ranks.world)
+    tally.add("rollout_s", seconds)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+class Ranks:
+    """Who holds what when torchrun starts several processes; by default, one process that holds everything.
+
+    Layout "together": every rank holds every agent. "apart": each agent lives on its own ranks, as in the paper's
+    decentralised execution; only texts and rewards cross between agents. Ranks with the same agents and other items
+    are replicas: they sum gradients. Ranks with the same items and other agents are peers: they exchange texts.
+    """
+
+    def __init__(self, layout="together", num_agents=1):
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.num_peers = num_agents if layout == "apart" else 1
+        if self.world % self.num_peers:
+            raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
+        self.num_replicas = self.world // self.num_peers
+        self.peer, self.replica = divmod(self.rank, self.num_replicas)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.agents = [self.peer] if layout == "apart" else list(range(num_agents))
+        grid = torch.arange(self.world).view(self.num_peers, self.num_replicas).tolist()
+        if self.world > 1:  # every rank has to create every group, in the same order
+            self.replicas = [dist.new_group(row) for row in grid][self.peer]
+            self.peers = [dist.new_group(list(column)) for column in zip(*grid, strict=True)][self.replica]
+
+    def sum(self, tensor):
+        """Sum of a tensor over the replicas, on the tensor's device."""
+        if self.num_replicas > 1:
+            shared = tensor.to(self.device)
+            dist.all_reduce(shared, group=self.replicas)
+            return shared.to(tensor.device)
+        return tensor
+
+    def max(self, number):
+        """The largest of the replicas' numbers."""
+        if self.num_replicas > 1:
+            shared = torch.tensor(number, device=self.device)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.replicas)
+            return shared.item()
+        return number
+
+    def sum_gradients(self, parameters):
+        """Add up the replicas' gradients in flat buckets; a parameter without gradient counts as zeros."""
+        if self.num_replicas == 1:
+            return
+        for start in range(0, len(parameters), 64):
+            bucket = parameters[start : start + 64]
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            dist.all_reduce(flat, group=self.replicas)
+            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = grad.view_as(p)
+
+    def exchange(self, value):
+        """The values of all peers, in the order of their agents: the only thing that crosses between agents."""
+        if self.num_peers == 1:
+            return [value]
+        values = [None] * self.num_peers
+        dist.all_gather_object(values, value, group=self.peers)
+        return values
+
+    def reduce(self, tally):
+        """The metrics of all ranks together."""
+        everyone = [(dict(tally.sums), tally.peaks)]
+        if self.world > 1:
+            everyone *= self.world
+            dist.all_gather_object(everyone, (dict(tally.sums), tally.peaks))
+        return Tally.merge(everyone)

@@ -1,0 +1,213 @@
+"""Tasks: what the agents read, and what their joint answer is worth.
+
+A task is a pure function of an item (a dict of the data) and the history of one path through the tree (a list of
+{"texts": the N answers, "reward": the reward's parts}, empty in the first turn):
+
+    prompts(item, history) -> N texts      reward(item, history, texts) -> {"total": ..., and its parts}
+    done(item, history) -> bool            train_items, eval_items
+
+A new task is a class and an entry in TASKS. This one rewards two agents for the same word, which neither can see:
+
+    class SameWord(Task):
+        default_data, fields = "posts.jsonl", ("prompt",)
+        maxima = {"total": 1.0}
+
+        def first_prompts(self, item):
+            return ["Name the main topic of this text in one word.\\n\\n" + item["prompt"]] * self.num_agents
+
+        def reward(self, item, history, texts):
+            words = [text.strip(" .").lower() for text in texts]
+            return {"total": float(words[0] != "" and len(set(words)) == 1)}
+
+    TASKS["sameword"] = SameWord
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+from magrpo import UserError
+from rewards import ARXIV_MAX, TLDR_MAX, arxiv_reward, tldr_reward
+
+DATA = Path(__file__).parent / "data"
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_items(source, fields):
+    """Items of a local .jsonl or .jsonl.gz, or of the train split of a Hub data set, as dicts that have all fields.
+
+    A field may name alternatives, "abstract_text|text"; the first that is there is stored under the first name.
+    Raises UserError with file and line for what cannot be used.
+    """
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".gz"):
+        return [check_item(row, fields, f"{source}, item {n}") for n, row in enumerate(load_hub(source))]
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            lines = [(f"{source}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --data {source}: {error}") from error
+    items = []
+    for where, line in lines:
+        try:
+            items.append(check_item(json.loads(line), fields, where))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg}); each line holds one object") from error
+    return items
+
+
+def load_hub(name):
+    """The train split of a Hub data set, through the optional package `datasets`."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(
+            f"--data {name} is no .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
+        ) from error
+    try:
+        return load_dataset(name, split="train")
+    except Exception as error:  # the library raises many kinds: no network, no such set, no such split
+        raise UserError(f"cannot load the data set {name}: {error}".splitlines()[0]) from error
+
+
+def check_item(row, fields, where):
+    """The row with its fields under their first names."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(fields)}")
+    item = dict(row)
+    for field in fields:
+        names = field.split("|")
+        value = next((row[name] for name in names if row.get(name)), None)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text")
+        item[names[0]] = value
+    return item
+
+
+# ---------------------------------------------------------------- the base class
+
+
+class Task:
+    """A task for a number of agents. Subclasses say what the prompts and the reward are."""
+
+    default_data = None  # file in data/
+    fields = ()  # text fields that every item must have
+    held_out = 32  # the last items are for evaluation; of a small set at most a quarter
+    maxima = {"total": 1.0}  # of the reward and its parts, for percentages
+    agents_allowed = range(1, 100)
+
+    def __init__(self, num_agents=2, data=None, feedback="plain"):
+        if num_agents not in self.agents_allowed:
+            raise UserError(f"this task is for {' or '.join(map(str, self.agents_allowed))} agents, not {num_agents}")
+        self.num_agents, self.feedback = num_agents, feedback
+        items = self.load(data)
+        if len(items) < 2:
+            raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
+        held_out = min(self.held_out, max(len(items) // 4, 1))
+        self.train_items, self.eval_items = items[:-held_out], items[-held_out:]
+
+    def load(self, data):
+        return load_items(data or DATA / self.default_data, self.fields)
+
+    def first_prompts(self, item):
+        """The N prompts of the first turn."""
+        raise NotImplementedError
+
+    def prompts(self, item, history):
+        """The N prompts of a turn: that of the first, then each agent's own answers and what was said to them."""
+        prompts = self.first_prompts(item)
+        for turn in history:
+            for agent, text in enumerate(turn["texts"]):
+                prompts[agent] += f"\n\nYour previous answer:\n{text}\n\n{self.remark(item, turn, agent)}"
+        return prompts
+
+    def remark(self, item, turn, agent):
+        """What an agent reads about its last answer: only that it should revise it, or the reward's parts in words."""
+        if self.feedback == "plain":
+            return "Revise your answer and improve it. Reply with the new answer only."
+        parts = [
+            f"{name} {value:.2f} of {self.maxima[name]:.2f}"
+            for name, value in turn["reward"].items()
+            if name in self.maxima
+        ]
+        return f"It was rated together with your partner's: {', '.join(parts)}. Improve it. Reply with the new answer only."
+
+    def reward(self, item, history, texts):
+        """The joint reward of N answers: {"total": float, and its parts}."""
+        raise NotImplementedError
+
+    def rewards(self, jobs):
+        """The rewards of a whole turn, a list of (item, history, texts); a task may judge them in parallel."""
+        return [self.reward(*job) for job in jobs]
+
+    def done(self, item, history):
+        """Whether the joint action that ends this history needs no further turn."""
+        return history[-1]["reward"]["total"] >= self.maxima["total"]
+
+
+# ---------------------------------------------------------------- writing
+
+SEPARATOR = "====="
+
+
+class TwoParts(Task):
+    """Two texts that are rewarded together, by two agents or, as GRPO, by one that writes both."""
+
+    agents_allowed = range(1, 3)
+    source = ""  # how the prompts call the text
+    parts = ()  # two instructions
+    scores = staticmethod(lambda first, second: {"total": 0.0})
+
+    def first_prompts(self, item):
+        text = item[self.fields[0].split("|")[0]].strip()
+        if self.num_agents == 2:
+            return [f"{part}\n\n{self.source}:\n{text}" for part in self.parts]
+        both = (
+            f"Write two texts, with a line {SEPARATOR} between them.\nFirst: {self.parts[0]}\nSecond: {self.parts[1]}"
+        )
+        return [f"{both}\n\n{self.source}:\n{text}"]
+
+    def reward(self, item, history, texts):
+        first, second = texts if self.num_agents == 2 else split_parts(texts[0])
+        return self.scores(first, second)
+
+
+def split_parts(text):
+    """The two parts that a single agent wrote; the second is empty where the separator line is missing."""
+    lines = text.splitlines()
+    places = [n for n, line in enumerate(lines) if line.strip() == SEPARATOR]
+    middle = places[0] if places else len(lines)
+    return "\n".join(lines[:middle]), "\n".join(lines[middle + 1 :])
+
+
+class Writing(TwoParts):
+    """TLDR (PAPER: "TLDR roles"): a brief summary of a forum post beside a detailed one."""
+
+    default_data, fields, source = "posts.jsonl", ("prompt",), "Post"
+    maxima = TLDR_MAX
+    scores = staticmethod(tldr_reward)
+    parts = (
+        "Write a very short summary of the post below: one sentence with the main facts, nothing else.",
+        "Write a detailed summary of the post below, in one paragraph of several sentences. Use many different words "
+        "and connect the sentences with transition words.",
+    )
+
+
+class Arxiv(TwoParts):
+    """arXiv (PAPER: "arXiv roles"): an introduction in two parts, from an abstract."""
+
+    default_data, fields, source = "abstracts.jsonl", ("abstract_text|abstract",), "Abstract"
+    held_out = 16
+    maxima = ARXIV_MAX
+    scores = staticmethod(arxiv_reward)
+    parts = (
+        "Write the first part of an introduction to the paper whose abstract follows: one long paragraph on background "
+        "and motivation. A colleague writes about methodology and implications; do not repeat that.",
+        "Write the second part of an introduction to the paper whose abstract follows: one long paragraph on methodology "
+        "and implications. A colleague writes about background and motivation; do not repeat that.",
+    )
+
+
+TASKS = {"writing": Writing, "arxiv": Arxiv}
