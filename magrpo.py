@@ -85,18 +85,14 @@ class Policy:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # the policy that is scored must be the one that sampled
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
-        own = [
-            model.generation_config.eos_token_id,
-            model.config.eos_token_id,
-            getattr(tokenizer, "eos_token_id", None),
-        ]
-        flat = itertools.chain.from_iterable(i if isinstance(i, (list, tuple)) else [i] for i in own)
-        self.stop_ids = sorted({i for i in flat if i is not None}) if stop_ids is None else list(stop_ids)
+        self.reference = None  # another Policy, frozen, for the kl term
+        self.stop_ids = known_stop_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
         self.context = getattr(model.config, "max_position_embeddings", None)
-        self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
-        if lr and dtype != torch.float32:
-            self.masters = [p.detach().float().clone().requires_grad_() for p in self.masters]
-        model.to(dtype)
+        self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
+        if dtype != torch.float32:
+            self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
+        for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
+            p.data = p.data.to(dtype)
         self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True) if lr else None
         use_group_attention(model)
 
@@ -124,13 +120,32 @@ class Policy:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def state(self):
+        """What a checkpoint keeps: float32 weights and the optimizer's moments."""
+        return {"masters": [p.detach() for p in self.masters], "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state):
+        """Continue from a checkpoint, to the last bit."""
+        with torch.no_grad():
+            for p, saved in zip(self.masters, state["masters"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.copy_masters()
+
+    @torch.no_grad()
+    def copy_masters(self):
+        """Round the masters to the precision that the model computes in."""
+        if self.masters is not self.trained:
+            for p, master in zip(self.trained, self.masters, strict=True):
+                p.copy_(master)
+
     def collect_gradients(self):
         """Add the model's gradients to the masters', in float32."""
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        for p, master in zip(trained, self.masters, strict=True):
-            if p is not master and p.grad is not None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+        if self.masters is not self.trained:
+            for p, master in zip(self.trained, self.masters, strict=True):
+                if p.grad is not None:
+                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    p.grad = None
 
     def step(self, max_grad_norm):
         """Clip, step, and copy the masters to the model. Returns the gradient norm before clipping."""
@@ -139,12 +154,15 @@ class Policy:
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        with torch.no_grad():
-            for p, master in zip(trained, self.masters, strict=True):
-                if p is not master:
-                    p.copy_(master)
+        self.copy_masters()
         return norm.item()
+
+
+def known_stop_ids(model, tokenizer):
+    """All token ids that end an answer: a model can have several."""
+    places = (model.generation_config, model.config, tokenizer)
+    found = [getattr(place, "eos_token_id", None) for place in places]
+    return sorted({i for ids in found if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])})
 
 
 # ---------------------------------------------------------------- attention of a group
@@ -153,12 +171,12 @@ class Policy:
 class GroupCache:
     """Keys and values of B prompts, once each, and of the R = B * G suffixes that grow from them.
 
-    prompt[layer]: two tensors (B, Hkv, P, D) for Hkv key heads; suffix[layer]: two (R, Hkv, C, D), filled up to `length`.
+    prompt[layer]: two tensors (B, Hkv, P, D) for Hkv key heads. suffix[layer]: two (R, Hkv, C, D), filled up to
+    `length`. prompt_mask: (B, P), True where a suffix may look.
     """
 
-    def __init__(self, prompt_mask, max_suffix=0):
-        self.prompt_mask = prompt_mask  # (B, P), True where a suffix may look
-        self.max_suffix, self.length = max_suffix, 0
+    def __init__(self, prompt_mask, max_suffix):
+        self.prompt_mask, self.max_suffix, self.length = prompt_mask, max_suffix, 0
         self.prompt, self.suffix = {}, {}
 
     def append(self, layer, key, value):
@@ -176,25 +194,31 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, *, 
     """Attention of G completions that share a prompt, without repeating the prompt's keys and values.
 
     query (rows, heads, T, D), key and value (rows, Hkv, T, D); returns (rows, T, heads, D), None. phase says what kind
-    of call this is: "prompt" stores B prompts, "decode" appends one token to each of R suffixes, "score" attends from
-    whole suffixes, with gradients through the stored prompts. It travels with the call and is not state of the
-    cache, because gradient checkpointing calls again. Only non-reentrant checkpointing is right: the stored prompt
-    leaves the checkpointed block on the side.
+    of call this is: "prompt" stores B prompts of P tokens; "decode" appends one token to each of R suffixes; "score"
+    has all at once, one row of P + G * C tokens for each prompt, and stores nothing, so that gradient checkpointing
+    may call it again. `transformers` hands cache and phase through from the call of the model.
     """
     refuse = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    window = kwargs.get("sliding_window")
-    if window is not None and window < cache.prompt_mask.shape[1] + max(cache.max_suffix, query.shape[2]):
+    (B, P), window = cache.prompt_mask.shape, kwargs.get("sliding_window")
+    if window is not None and window < P + cache.max_suffix:
         refuse.append(f"a sliding window of {window} tokens, shorter than prompt and completion")
     if refuse:
         raise UserError(f"this model's attention uses {', '.join(refuse)}, which magrpo.py does not implement")
-    if phase == "prompt":
-        cache.prompt[module.layer_idx] = key, value
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
-        return out.transpose(1, 2), None
-    suffix = cache.append(module.layer_idx, key, value) if phase == "decode" else (key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query * scale, cache.prompt[module.layer_idx], suffix, cache.prompt_mask), None
+    if phase == "decode":
+        suffix = cache.append(module.layer_idx, key, value)
+        return attend(query * scale, cache.prompt[module.layer_idx], suffix, cache.prompt_mask), None
+    prompt = key[:, :, :P].contiguous(), value[:, :, :P].contiguous()  # else each product with them would copy
+    shared = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query[:, :, :P], *prompt, is_causal=True, scale=scale, enable_gqa=shared)
+    if phase == "prompt":
+        cache.prompt[module.layer_idx] = prompt
+        return out.transpose(1, 2), None
+    query, *suffix = (
+        x[:, :, P:].unflatten(2, (-1, cache.max_suffix)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    )
+    own = attend(query * scale, prompt, suffix, cache.prompt_mask)  # (R, C, heads, D)
+    return torch.cat([out.transpose(1, 2), own.reshape(B, -1, *own.shape[2:])], 1), None
 
 
 def attend(query, prompt, suffix, prompt_mask):
@@ -207,17 +231,14 @@ def attend(query, prompt, suffix, prompt_mask):
     folded = query.reshape(B, group, Hkv, share, T, D).transpose(1, 2)  # (B, Hkv, G, share, T, D)
     to_prompt = folded.reshape(B, Hkv, -1, D) @ prompt[0].mT
     to_suffix = query.reshape(R, Hkv, share * T, D) @ suffix[0].mT
-    scores = torch.cat(  # (B, Hkv, G, share, T, P + S), float32 also under bfloat16
-        [
-            to_prompt.view(B, Hkv, group, share, T, P),
-            to_suffix.view(B, group, Hkv, share, T, S).transpose(1, 2),
-        ],
-        dim=-1,
-    ).float()
-    scores[..., :P].masked_fill_(~prompt_mask.view(B, 1, 1, 1, 1, P), float("-inf"))
+    to_prompt = to_prompt.view(B, Hkv, group, share, T, P).masked_fill(
+        ~prompt_mask.view(B, 1, 1, 1, 1, P), float("-inf")
+    )
+    to_suffix = to_suffix.view(B, group, Hkv, share, T, S).transpose(1, 2)
     if T > 1:
         future = torch.ones(T, S, dtype=torch.bool, device=query.device).triu(1 + S - T)
-        scores[..., P:].masked_fill_(future, float("-inf"))
+        to_suffix = to_suffix.masked_fill(future, float("-inf"))
+    scores = torch.cat([to_prompt, to_suffix], dim=-1).float()  # (B, Hkv, G, share, T, P + S), not rounded to bfloat16
     weights = scores.softmax(-1).to(query.dtype)
     on_prompt, on_suffix = weights.split([P, S], dim=-1)
     out = (on_prompt.reshape(B, Hkv, -1, P) @ prompt[1]).view(B, Hkv, group, share, T, D).transpose(1, 2)
@@ -288,19 +309,15 @@ def pad_prompts(prompts, device):
     return ids, torch.arange(width, device=device) < lengths[:, None]
 
 
-def fill_cache(model, prompt, attn, group, max_suffix=0):
-    """Run the prompts. Returns the cache, each row's last prompt token (R, 1) and its position (R, 1).
+def open_suffixes(prompt, attn, group, max_suffix):
+    """The cache and the first column of the suffixes: each prompt's last token and its position, (R, 1) each.
 
-    The last token is left to the suffixes, which it opens: then each suffix token's logits predict the next one, and
-    the first sampled token is no special case.
+    The last prompt token opens the suffixes: so each suffix token's logits predict the next one, and the first sampled
+    token is no special case.
     """
     last = attn.sum(1, keepdim=True) - 1  # (B, 1)
-    width = max(prompt.shape[1] - 1, 1)
-    cache = GroupCache(torch.arange(width, device=prompt.device) < last, max_suffix)
-    positions = torch.arange(width, device=prompt.device).expand(prompt.shape[0], width)
-    forward(model, prompt[:, :width], positions, cache, "prompt", logits_to_keep=1)
-    first = prompt.gather(1, last)
-    return cache, first.repeat_interleave(group, 0), last.repeat_interleave(group, 0)
+    cache = GroupCache(torch.arange(max(prompt.shape[1] - 1, 1), device=prompt.device) < last, max_suffix)
+    return cache, prompt.gather(1, last).repeat_interleave(group, 0), last.repeat_interleave(group, 0)
 
 
 def forward(model, tokens, positions, cache, phase, **kwargs):
@@ -322,7 +339,9 @@ def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
     draws = [np.random.default_rng(s).random((group, max_new_tokens), np.float32) for s in streams]
     uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C)
     prompt, attn = pad_prompts([policy.encode(p) for p in prompts], device)
-    cache, token, position = fill_cache(model, prompt, attn, group, max_new_tokens)
+    cache, token, position = open_suffixes(prompt, attn, group, max_new_tokens)
+    B, P = cache.prompt_mask.shape
+    forward(model, prompt[:, :P], torch.arange(P, device=device).expand(B, P), cache, "prompt", logits_to_keep=1)
     stop_ids = torch.tensor(policy.stop_ids, device=device, dtype=torch.long)
     ended = torch.zeros(len(uniform), dtype=torch.bool, device=device)
     tokens, mask, logps = [], [], []
@@ -350,11 +369,15 @@ def inverse_cdf(probs, u):
 
 
 def completion_logits(model, completions):
-    """Logits of all completion tokens, (R, C, V), in one call over the prompts and one over the completions."""
-    cache, first, last = fill_cache(model, completions.prompt, completions.attn, completions.group)
-    tokens = torch.cat([first, completions.tokens[:, :-1]], 1)  # (R, C)
-    positions = last + torch.arange(tokens.shape[1], device=tokens.device)
-    return forward(model, tokens, positions, cache, "score")
+    """Logits of all completion tokens, (R, C, V), in one call: each row is a prompt and its G completions."""
+    (R, C), group = completions.tokens.shape, completions.group
+    cache, first, last = open_suffixes(completions.prompt, completions.attn, group, C)
+    (B, P), device = cache.prompt_mask.shape, first.device
+    suffix = torch.cat([first, completions.tokens[:, :-1]], 1).view(B, group * C)
+    tokens = torch.cat([completions.prompt[:, :P], suffix], 1)  # (B, P + G * C)
+    positions = (last + torch.arange(C, device=device)).view(B, group * C)
+    positions = torch.cat([torch.arange(P, device=device).expand(B, P), positions], 1)
+    return forward(model, tokens, positions, cache, "score", logits_to_keep=group * C).view(R, C, -1)
 
 
 def token_logprobs(policy, completions, temperature):
@@ -563,6 +586,7 @@ class Block:
     """What a policy learns from one turn: the groups of its A agents at B nodes, A * B groups of G completions."""
 
     completions: Completions
+    lengths: torch.Tensor  # (A * B, G)
     advantage: torch.Tensor  # (A * B, G)
     weight: torch.Tensor  # (A * B, G) of every token of a completion
     minibatch: torch.Tensor  # (A * B,) the optimizer step that a group belongs to
@@ -571,79 +595,87 @@ class Block:
 
 
 def make_blocks(policy, turns, completions, advantages, num_items, minibatches, normalize, max_new_tokens, ranks):
-    """Blocks of all turns, and how many live groups each minibatch has on all ranks, (minibatches,).
+    """The policy's blocks, one per turn, and how many live groups each minibatch has on all ranks, (minibatches,).
 
     Minibatch m holds the trees of the items in slots m * num_items / minibatches up to the next one's first.
     """
-    A, device, blocks = len(policy.agents), policy.device, []
+    A, blocks, places = len(policy.agents), [], []
     totals = torch.zeros(minibatches, ranks.max(len(turns)), A, 3, dtype=torch.float64)  # rows, tokens, live groups
     for t, turn in enumerate(turns):
         minibatch = (torch.tensor(turn.slots) * minibatches // num_items).repeat(A)
         advantage = advantages[t][policy.agents].flatten(0, 1)
         live = (advantage != 0).any(1)
         lengths = completions[t].mask.sum(1).view(advantage.shape).cpu()
-        counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1).double()
-        place = (minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots)))
-        totals.index_put_(place, counts, accumulate=True)
-        means = turn.rewards.mean(1).tolist()
-        origin = [(agent, *node) for agent in policy.agents for node in zip(turn.slots, means, strict=True)]
-        blocks.append((lengths, place, Block(completions[t], advantage.to(device), None, minibatch, live, origin)))
+        places.append((minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots))))
+        counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1)
+        totals.index_put_(places[-1], counts.double(), accumulate=True)
+        nodes = list(zip(turn.slots, turn.rewards.mean(1).tolist(), strict=True))
+        origin = [(agent, *node) for agent in policy.agents for node in nodes]
+        blocks.append(Block(completions[t], lengths, advantage, None, minibatch, live, origin))
     totals = ranks.sum(totals)
-    for lengths, place, block in blocks:
-        num_turns = (totals[:, :, 0, 0] > 0).sum(1)[block.minibatch]
-        rows, tokens, _ = totals[place].unbind(1)
-        weight = row_weights(lengths, rows[:, None], tokens[:, None], num_turns[:, None], max_new_tokens, normalize)
-        block.weight = weight.float().to(device)
-    return [block for _, _, block in blocks], totals[..., 2].sum((1, 2))
+    num_turns = (totals[:, :, 0, 0] > 0).sum(1)
+    for block, place in zip(blocks, places, strict=True):
+        shared = totals[place][:, None, 0], totals[place][:, None, 1], num_turns[block.minibatch][:, None]
+        block.weight = row_weights(block.lengths, *shared, max_new_tokens, normalize).float()
+    return blocks, totals[..., 2].sum((1, 2))
 
 
-def micro_batches(completions, nodes, micro_batch):
+def micro_batches(block, nodes, micro_batch):
     """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
-    group = completions.group
-    longest = completions.mask.sum(1).view(-1, group).amax(1).cpu()
-    for part in nodes[longest[nodes].argsort(descending=True)].split(max(micro_batch // group, 1)):
+    group = block.completions.group
+    order = block.lengths[nodes].amax(1).argsort(descending=True, stable=True)
+    for part in nodes[order].split(max(micro_batch // group, 1)):
         for start in range(0, group, micro_batch):
             yield part, slice(start, start + micro_batch)
 
 
 def update(
     policy,
-    blocks,
-    live_groups,
+    turns,
+    completions,
+    advantages,
+    num_items,
     tally,
     *,
     temperature,
+    max_new_tokens,
+    minibatches=1,
     epochs=1,
     micro_batch=16,
     clip_eps=0.2,
     clip_eps_high=None,
     kl=0.0,
+    normalize="sequence",
     max_grad_norm=1.0,
     ranks=None,
 ):
-    """Fit a policy to its blocks: one optimizer step for each minibatch and epoch. What happens goes into the tally.
+    """Fit a policy to its completions, one block per turn: minibatches * epochs optimizer steps, noted in the tally.
 
     A minibatch without any advantage costs no forward pass and no step. Raises FloatingPointError when a loss or a
     gradient is not finite.
     """
-    ranks = ranks or Ranks()
-    fresh = True  # the policy is still the one that sampled
-    for m in list(range(len(live_groups))) * epochs:
+    ranks, fresh = ranks or Ranks(), True  # fresh: the policy is still the one that sampled
+    split = num_items, minibatches, normalize, max_new_tokens, ranks
+    blocks, live_groups = make_blocks(policy, turns, completions, advantages, *split)
+    for m in list(range(minibatches)) * epochs:
         if not live_groups[m] and not kl:
             continue
         for block in blocks:
             wanted = (block.minibatch == m) & (block.live | bool(kl))
-            for nodes, members in micro_batches(block.completions, wanted.nonzero()[:, 0], micro_batch):
+            for nodes, members in micro_batches(block, wanted.nonzero()[:, 0], micro_batch):
                 piece = block.completions.select(nodes, members)
-                advantage = block.advantage[nodes, members].flatten()
-                weight = block.weight[nodes, members].flatten()[:, None] * piece.mask
+                advantage, weight = (
+                    x[nodes, members].view(-1, 1).to(policy.device) for x in (block.advantage, block.weight)
+                )
                 logp = token_logprobs(policy, piece, temperature)
                 # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
                 logp_old = logp.detach() if fresh else piece.logp
-                logp_ref = reference_logprobs(policy, piece, temperature) if kl else None
-                loss = policy_loss(logp, logp_old, advantage, weight, clip_eps, clip_eps_high, kl, logp_ref)
+                logp_ref = token_logprobs(policy.reference, piece, temperature) if kl else None
+                loss = policy_loss(
+                    logp, logp_old, advantage, weight * piece.mask, clip_eps, clip_eps_high, kl, logp_ref
+                )
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss.item()}, at {describe(block, nodes)}")
+                    raise FloatingPointError(f"the loss is {loss.item()} at {describe(block, nodes)}")
                 loss.backward()
                 policy.collect_gradients()
                 tally_ratio(tally, logp.detach(), piece, advantage, clip_eps, clip_eps_high, fresh)
@@ -652,19 +684,12 @@ def update(
         fresh = False
 
 
-@torch.no_grad()
-def reference_logprobs(policy, completions, temperature):
-    """Log-probabilities under the initial policy, the frozen copy that `policy.reference` holds."""
-    return token_logprobs(policy.reference, completions, temperature)
-
-
 def describe(block, nodes):
     """Where a piece comes from, for an error message."""
-    lengths = block.completions.mask.sum(1).view(block.weight.shape)
     lines = []
     for node in nodes.tolist():
         agent, slot, reward = block.origin[node]
-        lines.append(f"agent {agent}, item {slot}, lengths {lengths[node].tolist()}, mean reward {reward:.3f}")
+        lines.append(f"agent {agent}, item {slot}, lengths {block.lengths[node].tolist()}, mean reward {reward:.3f}")
     return "; ".join(lines)
 
 
@@ -672,7 +697,7 @@ def tally_ratio(tally, logp, piece, advantage, clip_eps, clip_eps_high, fresh):
     """Record how far the policy is from the one that sampled: the noise of two kernels at first, then the steps."""
     ratio = torch.exp(logp - piece.logp)
     high = 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
-    bound = torch.where(advantage[:, None] > 0, ratio > high, ratio < 1 - clip_eps) & (advantage[:, None] != 0)
+    bound = torch.where(advantage > 0, ratio > high, ratio < 1 - clip_eps) & (advantage != 0)
     count = piece.mask.sum().item()
     tally.add("clip_fraction", (bound & piece.mask).sum().item(), count)
     tally.add("approx_kl", ((ratio - 1 - (logp - piece.logp)) * piece.mask).sum().item(), count)
@@ -683,29 +708,23 @@ def tally_ratio(tally, logp, piece, advantage, clip_eps, clip_eps_high, fresh):
 def train_step(policies, task, items, *, seed, step, discount, advantage, sampling, fitting, ranks=None):
     """One step of MAGRPO on a list of items -> this rank's turn tables and the metrics of all ranks.
 
-    sampling: keyword arguments of `rollout`. fitting: minibatches, normalize, and keyword arguments of `update`.
+    sampling and fitting: keyword arguments of `rollout` and `update`.
     """
-    ranks, tally, start = ranks or Ranks(), Tally(), time.perf_counter()
+    ranks, tally, clock = ranks or Ranks(), Tally(), time.perf_counter
     slots = range(ranks.replica, len(items), ranks.num_replicas)
-    turns = rollout(
-        policies, task, [items[s] for s in slots], slots=slots, seed=seed, step=step, ranks=ranks, **sampling
-    )
-    tally_rollout(tally, turns, policies, discount, time.perf_counter() - start, ranks)
-    start = time.perf_counter()
+    mine, start = [items[s] for s in slots], clock()
+    turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
+    tally_rollout(tally, turns, policies, discount, clock() - start, ranks)
+    start, group = clock(), sampling["group"]
     returns = returns_to_go(turns, discount)
-    advantages = [
-        group_advantages(r, t.joint, sampling["group"], advantage) for r, t in zip(returns, turns, strict=True)
-    ]
-    fitting = dict(fitting)
-    split = fitting.pop("minibatches"), fitting.pop("normalize"), sampling["max_new_tokens"]
+    advantages = [group_advantages(r, t.joint, group, advantage) for r, t in zip(returns, turns, strict=True)]
+    shared = {"temperature": sampling["temperature"], "max_new_tokens": sampling["max_new_tokens"], "ranks": ranks}
     for i, policy in enumerate(policies):
-        blocks, live = make_blocks(
-            policy, turns, [t.completions[i] for t in turns], advantages, len(items), *split, ranks
-        )
-        update(policy, blocks, live, tally, temperature=sampling["temperature"], ranks=ranks, **fitting)
-    tally.add("update_s", time.perf_counter() - start)
-    flat = [(a == 0).all(-1).float() for a in advantages]
-    tally.add("flat_groups", sum(f.sum().item() for f in flat), sum(f.numel() for f in flat))
+        completions = [turn.completions[i] for turn in turns]
+        update(policy, turns, completions, advantages, len(items), tally, **shared, **fitting)
+    tally.add("update_s", clock() - start)
+    for a in advantages:
+        tally.add("flat_groups", (a == 0).all(-1).sum().item(), a[..., 0].numel())
     return turns, ranks.reduce(tally)
 
 
@@ -813,12 +832,22 @@ class Ranks:
         return tensor
 
     def max(self, number):
-        """The largest of the replicas' numbers."""
-        if self.num_replicas > 1:
-            shared = torch.tensor(number, device=self.device)
-            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.replicas)
-            return shared.item()
-        return number
+        """The largest of all ranks' numbers: no rank decides alone what all have to do."""
+        if self.world == 1:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.item()
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        """Leave the process group, when all have come this far."""
+        self.barrier()
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def sum_gradients(self, parameters):
         """Add up the replicas' gradients in flat buckets; a parameter without gradient counts as zeros."""
@@ -830,6 +859,13 @@ class Ranks:
             dist.all_reduce(flat, group=self.replicas)
             for p, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = grad.view_as(p)
+
+    def first(self, value):
+        """The value of rank 0, on all ranks."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def exchange(self, value):
         """The values of all peers, in the order of their agents: the only thing that crosses between agents."""

@@ -24,6 +24,7 @@ A new task is a class and an entry in TASKS. This one rewards two agents for the
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 from magrpo import UserError
@@ -47,7 +48,7 @@ def load_items(source, fields):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             lines = [(f"{source}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read --data {source}: {error}") from error
     items = []
     for where, line in lines:
@@ -132,7 +133,8 @@ class Task:
             for name, value in turn["reward"].items()
             if name in self.maxima
         ]
-        return f"It was rated together with your partner's: {', '.join(parts)}. Improve it. Reply with the new answer only."
+        rating = ", ".join(parts)
+        return f"It was rated together with your partner's: {rating}. Improve it. Reply with the new answer only."
 
     def reward(self, item, history, texts):
         """The joint reward of N answers: {"total": float, and its parts}."""
@@ -156,18 +158,16 @@ class TwoParts(Task):
     """Two texts that are rewarded together, by two agents or, as GRPO, by one that writes both."""
 
     agents_allowed = range(1, 3)
-    source = ""  # how the prompts call the text
-    parts = ()  # two instructions
+    parts = ()  # two instructions, which follow the text: small models obey what they read last
     scores = staticmethod(lambda first, second: {"total": 0.0})
 
     def first_prompts(self, item):
         text = item[self.fields[0].split("|")[0]].strip()
         if self.num_agents == 2:
-            return [f"{part}\n\n{self.source}:\n{text}" for part in self.parts]
-        both = (
-            f"Write two texts, with a line {SEPARATOR} between them.\nFirst: {self.parts[0]}\nSecond: {self.parts[1]}"
-        )
-        return [f"{both}\n\n{self.source}:\n{text}"]
+            return [f"{text}\n\n{part}" for part in self.parts]
+        first, second = self.parts
+        both = f"Write two texts, with a line {SEPARATOR} between them.\nFirst: {first}\nSecond: {second}"
+        return [f"{text}\n\n{both}"]
 
     def reward(self, item, history, texts):
         first, second = texts if self.num_agents == 2 else split_parts(texts[0])
@@ -183,30 +183,30 @@ def split_parts(text):
 
 
 class Writing(TwoParts):
-    """TLDR (PAPER: "TLDR roles"): a brief summary of a forum post beside a detailed one."""
+    """TLDR, with the roles of the paper: a brief summary of a forum post beside a detailed one."""
 
-    default_data, fields, source = "posts.jsonl", ("prompt",), "Post"
+    default_data, fields = "posts.jsonl", ("prompt",)
     maxima = TLDR_MAX
     scores = staticmethod(tldr_reward)
     parts = (
-        "Write a very short summary of the post below: one sentence with the main facts, nothing else.",
-        "Write a detailed summary of the post below, in one paragraph of several sentences. Use many different words "
-        "and connect the sentences with transition words.",
+        "In one short sentence, what is this post about?",
+        "Summarize this post in detail: one paragraph of several sentences, with many different words, connected by "
+        "transition words.",
     )
 
 
 class Arxiv(TwoParts):
-    """arXiv (PAPER: "arXiv roles"): an introduction in two parts, from an abstract."""
+    """arXiv, with the roles of the paper: an introduction in two parts, from an abstract."""
 
-    default_data, fields, source = "abstracts.jsonl", ("abstract_text|abstract",), "Abstract"
+    default_data, fields = "abstracts.jsonl", ("abstract_text|abstract",)
     held_out = 16
     maxima = ARXIV_MAX
     scores = staticmethod(arxiv_reward)
     parts = (
-        "Write the first part of an introduction to the paper whose abstract follows: one long paragraph on background "
+        "Above is the abstract of a paper. Write the first part of its introduction, one long paragraph on background "
         "and motivation. A colleague writes about methodology and implications; do not repeat that.",
-        "Write the second part of an introduction to the paper whose abstract follows: one long paragraph on methodology "
-        "and implications. A colleague writes about background and motivation; do not repeat that.",
+        "Above is the abstract of a paper. Write the second part of its introduction, one long paragraph on method and "
+        "implications. A colleague writes about background and motivation; do not repeat that.",
     )
 
 

@@ -10,10 +10,14 @@ A run writes config.json, metrics.jsonl, samples.jsonl, curve.png and agent_0/, 
 import argparse
 import copy
 import dataclasses
+import functools
+import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -55,21 +59,28 @@ class Config:
     prompts: int = option(4, "rollout", "items per step")
     group: int = option(4, "rollout", "completions of each agent for one prompt")
     joint: str = option("aligned", "rollout", "how they form joint actions", choices=["aligned", "crossed"])
-    temperature: float = option(1.0, "rollout", "sampling temperature, in evaluation too")
-    max_new_tokens: int = option(96, "rollout", "longest completion, in tokens")
+    temperature: float = option(0.8, "rollout", "sampling temperature, in evaluation too")
+    max_new_tokens: int = option(80, "rollout", "longest completion, in tokens")
     stop_above: float = option(float("inf"), "rollout", "do not continue a node whose mean reward passes this")
 
-    steps: int = option(40, "update", "training steps; each samples prompts * group joint actions (aligned)")
-    lr: float = option(1e-5, "update", "learning rate of AdamW")
+    steps: int = option(11, "update", "training steps; each samples prompts * group joint actions (aligned)")
+    lr: float = option(2e-5, "update", "learning rate of AdamW")
     advantage: str = option("std", "update", "baseline", choices=["std", "mean", "rloo", "max", "raw"])
     discount: float = option(1.0, "update", "of the next turn's return")
     minibatches: int = option(4, "update", "optimizer steps per pass over a rollout")
-    epochs: int = option(1, "update", "passes over a rollout")
+    epochs: int = option(2, "update", "passes over a rollout")
     clip_eps: float = option(0.2, "update", "the ratio to the sampling policy is clipped below 1 - this")
     clip_eps_high: float = option(0.2, "update", "and above 1 + this")
     kl: float = option(0.0, "update", "weight of the divergence from the initial policy; keeps a frozen copy")
     normalize: str = option("sequence", "update", "weight of a token", choices=["sequence", "token", "constant"])
     max_grad_norm: float = option(1.0, "update", "gradients are clipped to this norm")
+    layout: str = option(
+        "together",
+        "processes",
+        "each rank holds all agents, or each agent has its own ranks",
+        choices=["together", "apart"],
+    )
+
     micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
     checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
 
@@ -78,11 +89,17 @@ class Config:
     eval_every: int = option(0, "run", "also evaluate every so many steps; 0: only before and after")
     show_every: int = option(5, "run", "print a joint episode every so many steps")
     eval_only: bool = option(False, "run", "evaluate and print the table, do not train")
+    save_every: int = option(0, "run", "write a checkpoint every so many steps; 0: only when interrupted")
+    keep: int = option(2, "run", "newest checkpoints to keep")
+    resume: str = option("", "run", "folder of an interrupted run: continue it with its own options")
     log: str = option("", "run", "also log to an installed package", choices=["", "tensorboard", "wandb"])
 
 
 def parse_args(argv):
-    """Command line -> Config. Unknown flags and bad values end in argparse's message and exit code 2."""
+    """Command line -> Config. Unknown flags and bad values end in argparse's message and exit code 2.
+
+    With --resume the options are those of the run; one that says otherwise, and would change the run, is refused.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     groups = {}
     for field in dataclasses.fields(Config):
@@ -90,35 +107,48 @@ def parse_args(argv):
         name, text = meta.pop("group"), meta.pop("help")
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        group = groups[name]
-        flag = "--" + field.name.replace("_", "-")
+        add = functools.partial(
+            groups[name].add_argument, "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS
+        )
         if field.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            add(action=argparse.BooleanOptionalAction, help=text)
         else:
-            group.add_argument(flag, type=field.type, default=field.default, help=f"{text} (%(default)s)", **meta)
-    config = Config(**vars(parser.parse_args(argv)))
+            add(type=field.type, help=f"{text} ({field.default})" if field.default != "" else text, **meta)
+    given = vars(parser.parse_args(argv))
+    config = resumed_config(given) if given.get("resume") else Config(**given)
     check_config(config)
     return config
 
 
+# what may differ when a run goes on: it changes nothing that is computed, or only its rounding
+FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "micro_batch", "checkpointing"}
+
+
+def resumed_config(given):
+    """The options of the run in given["resume"], with those of `given` that do not change what it computes."""
+    path = Path(given["resume"]) / "config.json"
+    if not path.exists():
+        raise UserError(f"--resume {given['resume']}: no run there ({path} is missing)")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name, value in given.items() if name not in FREE and saved[name] != value]
+    if changed:
+        said = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}, not {given[name]}" for name in changed)
+        raise UserError(f"--resume {given['resume']} would not continue the same run: {said}")
+    return Config(**saved | given)
+
+
+POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch show_every keep
+    temperature lr max_grad_norm clip_eps clip_eps_high""".split()
+
+
 def check_config(config):
     """Reject what cannot work, before anything is loaded."""
-    for name in (
-        "turns",
-        "num_agents",
-        "prompts",
-        "group",
-        "max_new_tokens",
-        "steps",
-        "minibatches",
-        "epochs",
-        "micro_batch",
-    ):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("temperature", "lr", "max_grad_norm"):
+    for name in POSITIVE:
         if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
+            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
+    for name in ("seed", "kl", "eval_every", "save_every"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
     if config.group < 2 and not config.eval_only:
         raise UserError("--group 1 has no group to compare with: training needs --group 2 or more")
     if config.minibatches > config.prompts:
@@ -188,12 +218,13 @@ def load_agents(config, ranks=None, device="cpu"):
     for agents in roles:
         model, tokenizer = load_model(names[agents[0] % len(names)], device)
         lr = None if config.eval_only else config.lr
-        reference = Policy(copy.deepcopy(model), tokenizer, agents, dtype=dtype) if lr and config.kl else None
+        frozen = copy.deepcopy(model).requires_grad_(False) if lr and config.kl else None
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; the policy has no dropout left
         policies.append(Policy(model, tokenizer, agents, lr, dtype))
-        policies[-1].reference = reference
+        if frozen:
+            policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype)
     return policies
 
 
@@ -210,17 +241,19 @@ def check_prompts(config, task, policies):
 
 
 class Log:
-    """metrics.jsonl and samples.jsonl of a run, and the optional logger."""
+    """metrics.jsonl and samples.jsonl of a run, written by rank 0 alone, and the optional logger."""
 
-    def __init__(self, folder, logger, config):
-        self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples.jsonl"
-        self.send = lambda values, step: None
-        if logger == "tensorboard":
+    def __init__(self, folder, config, ranks):
+        self.files = {name: folder / f"{name}.jsonl" for name in ("metrics", "samples")}
+        self.silent, self.send = ranks.rank > 0, lambda values, step: None
+        if not config.resume:
+            self.cut(dict.fromkeys(self.files, 0))
+        if config.log == "tensorboard" and not self.silent:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(folder)
-            self.send = lambda values, step: [board.add_scalar(k, v, step) for k, v in values.items()]
-        elif logger == "wandb":
+            self.send = lambda values, step: [board.add_scalar(name, value, step) for name, value in values.items()]
+        elif config.log == "wandb" and not self.silent:
             import wandb
 
             run = wandb.init(project="magrpo", name=folder.name, config=dataclasses.asdict(config))
@@ -228,16 +261,25 @@ class Log:
 
     def write(self, step, metrics, prefix=""):
         values = {prefix + name: value for name, value in metrics.items()}
-        append_line(self.metrics, {"step": step} | values)
+        self.append("metrics", {"step": step} | values)
         self.send(values, step)
 
     def sample(self, step, episode):
-        append_line(self.samples, {"step": step} | episode)
+        self.append("samples", {"step": step} | episode)
 
+    def append(self, name, record):
+        if not self.silent:
+            with open(self.files[name], "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-def append_line(path, record):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def sizes(self):
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in self.files.items()}
+
+    def cut(self, sizes):
+        """Back to earlier sizes: what was logged after the checkpoint that a run continues from comes again."""
+        for name, size in sizes.items() if not self.silent else ():
+            with open(self.files[name], "ab") as file:
+                file.truncate(size)
 
 
 def read_lines(path):
@@ -306,6 +348,63 @@ def print_table(columns, maxima):
         print(f"{name:<20}" + "".join(f"{value:>14}" for value in values))
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder, step, keep, policies, before, log, ranks):
+    """Write folder/checkpoints/step_N beside the older ones and rename it when it is whole; prune the oldest.
+
+    A kill or a full disk at any moment leaves the earlier ones as they were.
+    """
+    final = folder / "checkpoints" / f"step_{step:07d}"
+    partial = final.with_suffix(".partial")
+    if ranks.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    for policy in policies:
+        state = policy.state()
+        if ranks.replica == 0:
+            torch.save(state, partial / f"agent_{policy.agents[0]}.pt")
+    ranks.barrier()
+    if ranks.rank == 0:
+        digests = {path.name: digest(path) for path in sorted(partial.glob("*.pt"))}
+        manifest = {"step": step, "digests": digests, "log": log.sizes(), "before": before}
+        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(final.parent.glob("step_???????"))[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier()
+
+
+def digest(path):
+    """SHA-256 of a file, after it has reached the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checkpoint(folder, policies, log, ranks):
+    """Restore the newest checkpoint that is whole. Returns its step and the evaluation before training."""
+    for path in sorted((folder / "checkpoints").glob("step_???????"), reverse=True):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            damaged = [name for name, expected in manifest["digests"].items() if digest(path / name) != expected]
+        except (OSError, ValueError) as error:
+            damaged = [str(error)]
+        if damaged:
+            print(f"checkpoint {path} is damaged ({', '.join(damaged)}); trying the one before it", file=sys.stderr)
+            continue
+        for policy in policies:
+            policy.load_state(torch.load(path / f"agent_{policy.agents[0]}.pt", map_location="cpu", weights_only=True))
+        log.cut(manifest["log"])
+        return manifest["step"], manifest["before"]
+    raise UserError(
+        f"--resume {folder}: no whole checkpoint in {folder / 'checkpoints'}; start again with another --out"
+    )
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -317,62 +416,99 @@ def start_ranks(config):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(num_agents=config.num_agents), device
+    return Ranks(config.layout, config.num_agents), device
 
 
-def free_folder(config):
-    """Folder of a new run. An earlier run is never overwritten."""
-    if config.out:
-        folder = Path(config.out)
-        if (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a run already: choose another --out")
-        return folder
-    names = [f"runs/{config.task}"] + [f"runs/{config.task}-{n}" for n in range(2, 10000)]
-    return next(Path(name) for name in names if not Path(name).exists())
+def run_folder(config, ranks):
+    """The folder of the run, with its options in config.json. An earlier run is never overwritten."""
+    if config.resume:
+        return Path(config.resume)
+    names = itertools.chain([f"runs/{config.task}"], (f"runs/{config.task}-{n}" for n in itertools.count(2)))
+    folder = ranks.first(config.out or next(name for name in names if not Path(name).exists()))
+    taken = ranks.first((Path(folder) / "config.json").exists())
+    if taken:
+        raise UserError(f"{folder} holds a run already: choose another --out, or continue it with --resume")
+    if ranks.rank == 0:
+        options = dataclasses.asdict(dataclasses.replace(config, out=folder))
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to --out {folder}: {error}") from error
+    return Path(folder)
 
 
 def print_header(config, task, policies, device, folder):
     model = policies[0].model
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    ranks = f", {os.environ['WORLD_SIZE']} processes, {config.layout}" if "WORLD_SIZE" in os.environ else ""
     rows = {
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
         "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s)",
         "model": f"{config.agents or config.model}, {type(model).__name__}, {parameters:.0f} M parameters each",
-        "device": f"{device}, {torch.get_num_threads()} threads, computing in {str(model.dtype)[6:]}",
-        "step": f"{config.prompts} prompts x group {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
-        "update": f"lr {config.lr:g}, {config.epochs} x {config.minibatches} optimizer steps, advantage {config.advantage}",
+        "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {str(model.dtype)[6:]}",
+        "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
+        "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
         "writes": f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing",
     }
     for name, value in rows.items():
-        print(f"{name:<8}{value}")
+        print(f"{name:<8}{value}", flush=True)
 
 
 def train(config, task, policies, folder, ranks):
-    """The loop: evaluation, steps, evaluation. Returns both evaluations as (metrics, episode)."""
-    log = Log(folder, config.log, config)
-    first = last = evaluate_task(config, task, policies, ranks)
-    log.write(0, first[0], "eval/")
-    bar = tqdm(range(1, config.steps + 1), unit="step", dynamic_ncols=True)
+    """The loop: evaluation, steps, evaluation. Returns both evaluations as (metrics, episode), None if interrupted."""
+    log, interrupted = Log(folder, config, ranks), catch_signals()
+    if config.resume:
+        done, before = load_checkpoint(folder, policies, log, ranks)
+    else:
+        done, before = 0, evaluate_task(config, task, policies, ranks)
+        log.write(0, before[0], "eval/")
+    after = before
+    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
         items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
-        turns, metrics = train_step(policies, task, items, step=step, **step_options(config), ranks=ranks)
+        try:
+            turns, metrics = train_step(policies, task, items, step=step, **step_options(config), ranks=ranks)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from error
         log.write(step, metrics)
         lengths = "/".join(f"{metrics[f'length/agent_{agent}']:.0f}" for agent in range(config.num_agents))
         bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s")
         if metrics["truncated"] == 1:
             bar.write("warning: every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
-        if step == 1 or step % config.show_every == 0:
+        if turns and ranks.rank == 0 and (step == 1 or step % config.show_every == 0):
             episode = episode_of(task, turns[-1])
             log.sample(step, episode)
             bar.write(f"\n--- step {step}\n{show_episode(episode)}\n")
         if step == config.steps or config.eval_every and step % config.eval_every == 0:
-            last = evaluate_task(config, task, policies, ranks)
-            log.write(step, last[0], "eval/")
-            bar.write(f"step {step}: held-out reward {last[0]['reward']:.3f}, before training {first[0]['reward']:.3f}")
-    return first, last
+            after = evaluate_task(config, task, policies, ranks)
+            log.write(step, after[0], "eval/")
+        stop = ranks.max(len(interrupted)) > 0
+        if stop or config.save_every and step % config.save_every == 0:
+            save_checkpoint(folder, step, config.keep, policies, before, log, ranks)
+        if stop:
+            bar.close()
+            return None
+    return before, after
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM let the step finish: they fill the list that this returns. A later one exits at once."""
+    caught = []
+
+    def handler(number, frame):
+        # torchrun passes on the signal that the terminal has sent to all processes already: not a second wish
+        if caught and time.monotonic() - caught[0] > 3:
+            sys.exit(128 + number)
+        caught.append(time.monotonic())
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return caught
 
 
 def sampling_options(config):
+    """Keyword arguments of `rollout`."""
     names = ("group", "max_new_tokens", "temperature", "turns", "joint", "stop_above")
     return {name: getattr(config, name) for name in names}
 
@@ -393,10 +529,10 @@ def batch_of(items, seed, step, prompts):
 
 
 def evaluate_task(config, task, policies, ranks):
-    """Metrics on the held-out items, and the first of them as an episode."""
+    """Metrics on the held-out items, and this rank's first of them as an episode."""
     sampling = sampling_options(config)
     chunks, metrics = evaluate(policies, task, task.eval_items, seed=config.seed, sampling=sampling, ranks=ranks)
-    return metrics, episode_of(task, chunks[0][-1])
+    return metrics, episode_of(task, chunks[0][-1]) if chunks else None
 
 
 def run(config):
@@ -404,29 +540,35 @@ def run(config):
     task = TASKS[config.task](config.num_agents, config.data, config.feedback)
     policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
+    folder = None if config.eval_only else run_folder(config, ranks)
+    if ranks.rank == 0:
+        print_header(config, task, policies, device, folder)
     if config.eval_only:
-        print_header(config, task, policies, device, None)
         metrics, episode = evaluate_task(config, task, policies, ranks)
-        print(show_episode(episode))
-        print_table({config.agents or "untrained": metrics}, task.maxima)
+        if ranks.rank == 0:
+            print(show_episode(episode))
+            print_table({config.agents or "untrained": metrics}, task.maxima)
         return
-    folder = free_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(config, out=str(folder))
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    print_header(config, task, policies, device, folder)
     start = time.perf_counter()
-    before, after = train(config, task, policies, folder, ranks)
+    result = train(config, task, policies, folder, ranks)
+    if result:
+        finish(task, policies, folder, *result, time.perf_counter() - start, ranks)
+    elif ranks.rank == 0:
+        print(f"\ninterrupted and saved; continue with: train.py --resume {folder}")
+
+
+def finish(task, policies, folder, before, after, seconds, ranks):
+    """Save the agents, draw the curve, print the table."""
+    ranks.close()  # in a process group, transformers would save nothing but rank 0's agents
     for policy in policies:
-        for agent in policy.agents:
+        for agent in policy.agents if ranks.replica == 0 else ():
             policy.save(folder / f"agent_{agent}")
-    draw_curve(folder, task.maxima)
-    for heading, (_, episode) in {"before": before, "after": after}.items():
-        print(f"\n--- a held-out item, {heading} training\n{show_episode(episode)}")
-    print_table({"before": before[0], "after": after[0]}, task.maxima)
-    print(
-        f"\n{(time.perf_counter() - start) / 60:.1f} minutes; everything is in {folder}/, the curve in {folder}/curve.png"
-    )
+    if ranks.rank == 0:
+        draw_curve(folder, task.maxima)
+        for heading, (_, episode) in {"before": before, "after": after}.items():
+            print(f"\n--- a held-out item, {heading} training\n{show_episode(episode)}")
+        print_table({"before": before[0], "after": after[0]}, task.maxima)
+        print(f"\n{seconds / 60:.1f} minutes; everything is in {folder}/, the curve in {folder}/curve.png")
 
 
 def main(argv=None):
@@ -437,6 +579,9 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; training stopped, and the last checkpoint is as it was", file=sys.stderr)
+        return 1
     return 0
 
 

