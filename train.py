@@ -192,7 +192,7 @@ def load_model(name, device):
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model.to(device), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
 
@@ -324,7 +324,7 @@ def draw_curve(folder, maxima):
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color=style["color"])
     axes.set(xlabel="step", ylabel="reward", title=f"{folder.name}: training (lines), held out (points)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
 
@@ -461,9 +461,11 @@ def train(config, task, policies, folder, ranks):
     if config.resume:
         done, before = load_checkpoint(folder, policies, log, ranks)
     else:
+        if ranks.rank == 0:
+            print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
         done, before = 0, evaluate_task(config, task, policies, ranks)
         log.write(0, before[0], "eval/")
-    after = before
+    after, stop = before, False
     bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
         items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
@@ -487,9 +489,11 @@ def train(config, task, policies, folder, ranks):
         if stop or config.save_every and step % config.save_every == 0:
             save_checkpoint(folder, step, config.keep, policies, before, log, ranks)
         if stop:
-            bar.close()
-            return None
-    return before, after
+            break
+    bar.close()
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, usual)
+    return None if stop else (before, after)
 
 
 def catch_signals():
@@ -530,8 +534,8 @@ def batch_of(items, seed, step, prompts):
 
 def evaluate_task(config, task, policies, ranks):
     """Metrics on the held-out items, and this rank's first of them as an episode."""
-    sampling = sampling_options(config)
-    chunks, metrics = evaluate(policies, task, task.eval_items, seed=config.seed, sampling=sampling, ranks=ranks)
+    options = {"seed": config.seed, "discount": config.discount, "sampling": sampling_options(config)}
+    chunks, metrics = evaluate(policies, task, task.eval_items, **options, ranks=ranks)
     return metrics, episode_of(task, chunks[0][-1]) if chunks else None
 
 
