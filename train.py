@@ -465,7 +465,7 @@ def train(config, task, policies, folder, ranks):
             print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
         done, before = 0, evaluate_task(config, task, policies, ranks)
         log.write(0, before[0], "eval/")
-    after, stop = before, False
+    after, stop = None, False
     bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
         items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
@@ -493,7 +493,9 @@ def train(config, task, policies, folder, ranks):
     bar.close()
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, usual)
-    return None if stop else (before, after)
+    if stop:
+        return None
+    return before, after or evaluate_task(config, task, policies, ranks)  # resumed where nothing was left to train
 
 
 def catch_signals():
