@@ -190,14 +190,16 @@ class GroupCache:
         return [buffer[:, :, :end] for buffer in self.suffix[layer]]
 
 
-def group_attention(module, query, key, value, attention_mask, scaling=None, *, cache, phase, **kwargs):
+def group_attention(module, query, key, value, attention_mask, scaling=None, *, group_cache, group_phase, **kwargs):
     """Attention of G completions that share a prompt, without repeating the prompt's keys and values.
 
-    query (rows, heads, T, D), key and value (rows, Hkv, T, D); returns (rows, T, heads, D), None. phase says what kind
-    of call this is: "prompt" stores B prompts of P tokens; "decode" appends one token to each of R suffixes; "score"
-    has all at once, one row of P + G * C tokens for each prompt, and stores nothing, so that gradient checkpointing
-    may call it again. `transformers` hands cache and phase through from the call of the model.
+    query (rows, heads, T, D), key and value (rows, Hkv, T, D); returns (rows, T, heads, D), None. group_phase says what
+    kind of call this is: "prompt" stores B prompts of P tokens; "decode" appends one token to each of R suffixes;
+    "score" has all at once, one row of P + G * C tokens for each prompt, and stores nothing, so that gradient
+    checkpointing may call it again. `transformers` hands both through from the call of the model; a name of its own,
+    such as `cache`, would not arrive.
     """
+    cache, phase = group_cache, group_phase
     refuse = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     (B, P), window = cache.prompt_mask.shape, kwargs.get("sliding_window")
     if window is not None and window < P + cache.max_suffix:
@@ -322,7 +324,7 @@ def open_suffixes(prompt, attn, group, max_suffix):
 
 def forward(model, tokens, positions, cache, phase, **kwargs):
     """Logits of one call of the model through `group_attention`."""
-    return model(tokens, position_ids=positions, use_cache=False, cache=cache, phase=phase, **kwargs).logits
+    return model(tokens, position_ids=positions, use_cache=False, group_cache=cache, group_phase=phase, **kwargs).logits
 
 
 @torch.no_grad()
