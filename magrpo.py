@@ -14,7 +14,7 @@ One letter per axis: N agents, H turns, B nodes of a turn (an item and the histo
 an agent at a node (its group), K joint actions of a node, R = B * G rows of a block, P prompt tokens, C completion
 tokens, V vocabulary, D head dimension.
 
-A rollout is a list of turn tables, so a single turn is a list of one, evaluation is G = 1, and GRPO is N = 1.
+A rollout is a list of turn tables, so a single turn is a list of one, evaluation is a rollout, and GRPO is N = 1.
 README.md lists the differences from the paper and from the reference code, with reasons.
 """
 
@@ -75,12 +75,12 @@ class Policy:
     """A language model that plays one role or several, with its tokenizer and, when it trains, its optimizer.
 
     agents: the roles it plays. One policy per agent is the paper's setting; one policy for all is parameter sharing.
-    lr: learning rate of AdamW in float32; None for a policy that only answers. dtype: what forward and backward
-    compute in. Other than float32, the optimizer keeps float32 master weights: steps at the usual 1e-6 to 1e-5 are
-    smaller than the spacing of bfloat16 numbers and would be lost.
+    lr: learning rate of AdamW in float32, reached linearly over `warmup` optimizer steps; None for a policy that only
+    answers. dtype: what forward and backward compute in. Other than float32, the optimizer keeps float32 master
+    weights: steps at the usual 1e-6 to 1e-5 are smaller than the spacing of bfloat16 numbers and would be lost.
     """
 
-    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None):
+    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, warmup=0):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # the policy that is scored must be the one that sampled
@@ -93,7 +93,10 @@ class Policy:
             self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
         for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
             p.data = p.data.to(dtype)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True) if lr else None
+        if lr:
+            self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
+            # Adam's first steps have the full size in every weight, whatever the gradient's: the largest of the run
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1, (n + 1) / (warmup + 1)))
         use_group_attention(model)
 
     @property
@@ -122,7 +125,8 @@ class Policy:
 
     def state(self):
         """What a checkpoint keeps: float32 weights and the optimizer's moments."""
-        return {"masters": [p.detach() for p in self.masters], "optimizer": self.optimizer.state_dict()}
+        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
+        return {"masters": [p.detach() for p in self.masters], "optimizer": optimizer, "schedule": schedule}
 
     def load_state(self, state):
         """Continue from a checkpoint, to the last bit."""
@@ -130,6 +134,7 @@ class Policy:
             for p, saved in zip(self.masters, state["masters"], strict=True):
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         self.copy_masters()
 
     @torch.no_grad()
@@ -153,6 +158,7 @@ class Policy:
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         self.optimizer.step()
+        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.copy_masters()
         return norm.item()
@@ -730,10 +736,10 @@ def train_step(policies, task, items, *, seed, step, discount, advantage, sampli
     return turns, ranks.reduce(tally)
 
 
-def evaluate(policies, task, items, *, seed, sampling, discount=1.0, nodes=32, ranks=None):
-    """The same rollout with G = 1, on held-out items -> this rank's turn tables, one list a chunk, and the metrics."""
+def evaluate(policies, task, items, *, seed, sampling, group=1, discount=1.0, nodes=32, ranks=None):
+    """The same rollout, `group` answers to each item -> this rank's turn tables, one list a chunk, and the metrics."""
     ranks, tally, chunks = ranks or Ranks(), Tally(), []
-    sampling = sampling | {"group": 1, "joint": "aligned"}
+    sampling = sampling | {"group": group, "joint": "aligned"}
     slots = range(ranks.replica, len(items), ranks.num_replicas)
     for first in range(0, len(slots), nodes):
         part, start = slots[first : first + nodes], time.perf_counter()

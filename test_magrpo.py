@@ -508,6 +508,18 @@ def test_tiny_steps_reach_the_float32_masters():
         assert all(torch.equal(p, m.bfloat16()) for p, m in zip(policy.model.parameters(), policy.masters, strict=True))
 
 
+def test_warmup_scales_the_first_steps():
+    """Adam's first step moves every weight by the whole learning rate: the start of a run undid what it had found."""
+    policy = build_policy(lr=1e-2, warmup=3)
+    before, turns = [m.detach().clone() for m in policy.masters], grow([policy])
+    for number in range(1, 6):
+        fit([policy], turns)
+        assert policy.schedule.get_last_lr()[0] == pytest.approx(1e-2 * min(1, (number + 1) / 4))
+        if number == 1:
+            moved = max((m - b).abs().max().item() for m, b in zip(policy.masters, before, strict=True))
+            assert moved == pytest.approx(1e-2 / 4, rel=1e-3)
+
+
 def test_first_ratio_is_one():
     """Old log-probs came from another code path: the clip was active before anything had been learned."""
     _, metrics = step(build_policies(lr=1e-3), sampling={"turns": 2})
@@ -635,7 +647,7 @@ def files(tmp_path_factory):
 
 def arguments(files, out, *more, **changed):
     options = {"model": files["llama"], "data": files["posts"], "prompts": 2, "minibatches": 2, "steps": 2, "group": 3}
-    options |= {"max-new-tokens": 12, "lr": 1e-2, "dtype": "float32", "out": out} | changed
+    options |= {"max-new-tokens": 12, "lr": 1e-2, "warmup": 0, "dtype": "float32", "out": out} | changed
     return [*[f"--{name}={value}" for name, value in options.items()], *more]
 
 

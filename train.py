@@ -63,12 +63,13 @@ class Config:
     max_new_tokens: int = option(80, "rollout", "longest completion, in tokens")
     stop_above: float = option(float("inf"), "rollout", "do not continue a node whose mean reward passes this")
 
-    steps: int = option(11, "update", "training steps; each samples prompts * group joint actions (aligned)")
-    lr: float = option(2e-5, "update", "learning rate of AdamW")
+    steps: int = option(12, "update", "training steps; each samples prompts * group joint actions (aligned)")
+    lr: float = option(4e-5, "update", "learning rate of AdamW")
+    warmup: int = option(8, "update", "optimizer steps in which it rises to that")
     advantage: str = option("std", "update", "baseline", choices=["std", "mean", "rloo", "max", "raw"])
     discount: float = option(1.0, "update", "of the next turn's return")
     minibatches: int = option(4, "update", "optimizer steps per pass over a rollout")
-    epochs: int = option(2, "update", "passes over a rollout")
+    epochs: int = option(1, "update", "passes over a rollout")
     clip_eps: float = option(0.2, "update", "the ratio to the sampling policy is clipped below 1 - this")
     clip_eps_high: float = option(0.2, "update", "and above 1 + this")
     kl: float = option(0.0, "update", "weight of the divergence from the initial policy; keeps a frozen copy")
@@ -87,6 +88,7 @@ class Config:
     seed: int = option(0, "run", "of all random numbers")
     out: str = option("", "run", "folder of the run; default: runs/TASK, or the first of runs/TASK-2, ... that is free")
     eval_every: int = option(0, "run", "also evaluate every so many steps; 0: only before and after")
+    eval_group: int = option(2, "run", "answers of each agent to a held-out item")
     show_every: int = option(5, "run", "print a joint episode every so many steps")
     eval_only: bool = option(False, "run", "evaluate and print the table, do not train")
     save_every: int = option(0, "run", "write a checkpoint every so many steps; 0: only when interrupted")
@@ -137,8 +139,8 @@ def resumed_config(given):
     return Config(**saved | given)
 
 
-POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch show_every keep
-    temperature lr max_grad_norm clip_eps clip_eps_high""".split()
+POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch eval_group show_every
+    keep temperature lr max_grad_norm clip_eps clip_eps_high""".split()
 
 
 def check_config(config):
@@ -146,7 +148,7 @@ def check_config(config):
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in ("seed", "kl", "eval_every", "save_every"):
+    for name in ("seed", "warmup", "kl", "eval_every", "save_every"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
     if config.group < 2 and not config.eval_only:
@@ -222,7 +224,7 @@ def load_agents(config, ranks=None, device="cpu"):
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; the policy has no dropout left
-        policies.append(Policy(model, tokenizer, agents, lr, dtype))
+        policies.append(Policy(model, tokenizer, agents, lr, dtype, warmup=config.warmup))
         if frozen:
             policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype)
     return policies
@@ -536,7 +538,8 @@ def batch_of(items, seed, step, prompts):
 
 def evaluate_task(config, task, policies, ranks):
     """Metrics on the held-out items, and this rank's first of them as an episode."""
-    options = {"seed": config.seed, "discount": config.discount, "sampling": sampling_options(config)}
+    options = {"seed": config.seed, "group": config.eval_group, "discount": config.discount}
+    options["sampling"] = sampling_options(config)
     chunks, metrics = evaluate(policies, task, task.eval_items, **options, ranks=ranks)
     return metrics, episode_of(task, chunks[0][-1]) if chunks else None
 
