@@ -981,6 +981,12 @@ STRUCTURE = [  # (main answer after a helper that returns x + 1, cooperation, wh
     ("def f(x):\n    # aux(x)\n    return x + len('aux(x)') - 5", 0.0, "names the helper in a comment and a string"),
     ("def f(x):\n    aux = lambda y: y + 1\n    return aux(x) * 1", 0.0, "gives the helper's name to something else"),
     ("def aux(x):\n    return x + 1\ndef f(x):\n    return aux(x) * 1", 0.0, "writes the helper again"),
+    ("def f(x):\n    def aux(y):\n        return y + 1\n    return aux(x) * 1", 0.0, "writes it again, inside"),
+    ("aux = (1).__add__\ndef f(x):\n    return aux(x) * 1", 0.0, "gives the name away before the function"),
+    ("from operator import neg as aux\ndef f(x):\n    return -aux(x) + 1", 0.0, "imports something under its name"),
+    ("def f(x):\n    y: int = aux(x)\n    return y", 0.5, "wrapper that annotates"),
+    ("def f(x):\n    y: int = aux(x)\n    return x + 1", 1.0, "annotates the result and never reads it"),
+    ("def f(x):\n    return dict(aux=aux(x))['aux']", 1.5, "has a keyword of that name"),
 ]
 
 
@@ -1008,11 +1014,12 @@ def test_several_helpers_share_the_parts_of_one():
     assert rewards.code_reward([helpers[0], "no"], "def f(x):\n    return aux(x) - 1", ITEM)["structure"] == 0.8
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_one_agent_may_write_both_functions(same):
-    """The single-agent baseline is paid on the same scale."""
+def test_one_agent_may_write_both_functions():
+    """The single-agent baseline is paid on the same scale; two agents that write the same whole program do not
+    cooperate."""
     text = "Here:\n```python\ndef aux(x):\n    return x + 1\n\ndef f(x):\n    y = aux(x)\n    return int(y)\n```\nDone."
-    assert rewards.code_reward(text if same else [], text, ITEM)["total"] == 4.0
+    assert rewards.code_reward([], text, ITEM)["total"] == 4.0
+    assert rewards.code_reward(text, text, ITEM)["total"] == 2.5
 
 
 def test_prose_and_fences_are_taken_off():
@@ -1022,7 +1029,7 @@ def test_prose_and_fences_are_taken_off():
     for text in (code, f"Sure!\n\n{code}\n\nThis adds one.\n- fast", fenced, f"```\n{code}"):
         assert rewards.code_reward(AUX, text, ITEM)["total"] == 2.5, text
     broken = rewards.code_reward(AUX, "def f(x):\n    return (x + 1", ITEM)
-    assert broken["total"] == 1.0 and "was never closed" in broken["detail"]["error"]
+    assert broken["total"] == 1.0 and broken["detail"]["error"] == "'(' was never closed (f, line 2), column 12"
 
 
 def test_every_assert_counts_and_tells_its_outcome():
@@ -1040,6 +1047,17 @@ def test_every_assert_counts_and_tells_its_outcome():
     assert result["passed"] == 0.2
 
 
+def test_a_test_passes_only_if_it_asserts_something():
+    """A loop over an empty result runs no assert. `assert False` is there not to be reached, and code after `return`
+    must not end the judge."""
+    must_raise = "try:\n    candidate(0)\n    assert False\nexcept ZeroDivisionError:\n    pass"
+    item = make_item("for y in candidate(1):\n    assert y > 0", must_raise, "return", "assert candidate(1) == []")
+    result = rewards.code_reward(AUX, "def f(x):\n    return [] if x else 1 / x", item)
+    assert outcomes(result) == ["failed", "passed", "passed"]
+    for test in ("def check(", "def check():\n    assert f(1)", "x = 1"):
+        assert rewards.code_reward(AUX, "def f(x):\n    return 1", {**item, "test": test})["total"] == 1.5
+
+
 def test_bare_asserts_and_prompts_of_prose_work():
     """MBPP-like items have no check function, and their prompt is a sentence."""
     item = {"prompt": "Write f that adds one.", "entry_point": "f", "test": "assert f(1) == 2\nassert f(2) == 3\n"}
@@ -1051,16 +1069,16 @@ def test_bare_asserts_and_prompts_of_prose_work():
 
 def test_values_cross_as_what_they_are():
     """An answer of every plain type, empty ones, huge ones, infinities; containers keep their kind."""
-    values = [None, True, 0, -(10**5000), 1.5, math.inf, 1j, "\ud800ü", b"\0", [], (), {}, set(), frozenset({1})]
+    values = [None, True, 0, -(10**4000), 1.5, -0.0, math.inf, 1j, "\ud800ü", b"\0a", [], (), {}, set(), frozenset({1})]
     values += [[(1, [2]), {"a": {(1, 2): {3}}}], (True, 1, 1.0)]
     for value in values:
         again = rewards._decode(json.loads(json.dumps(rewards._encode(value))))
-        assert again == value and repr(again) == repr(value) if value != -(10**5000) else again == value
+        assert again == value and repr(again) == repr(value)
     assert math.isnan(rewards._decode(rewards._encode(math.nan)))
-    assert rewards._decode(rewards._encode(__import__("collections").Counter("aab"))) == {"a": 2, "b": 1}
-    item = make_item(*[f"assert candidate({i}) == {value}" for i, value in enumerate(({"a": 2}, (1, 2), [1, 2]))])
-    main = "from collections import Counter\ndef f(x):\n    return [Counter('aa'), (1, 2), (1, 2)][x]"
-    assert outcomes(rewards.code_reward(AUX, main, item)) == ["passed", "passed", "failed"]
+    expected = ({"a": 2}, (1, 2), [1, 2], "10 ** 20_000")
+    item = make_item(*[f"assert candidate({i}) == {value}" for i, value in enumerate(expected)])
+    main = "from collections import Counter\ndef f(x):\n    return [Counter('aa'), (1, 2), (1, 2), 10 ** 20_000][x]"
+    assert outcomes(rewards.code_reward(AUX, main, item)) == ["passed", "passed", "failed", "passed"]
 
 
 def test_a_test_may_expect_an_exception():
@@ -1073,7 +1091,8 @@ def test_a_test_may_expect_an_exception():
 
 
 def test_usual_imports_work_without_files():
-    """A guest finds no file to import from, so what it names is imported before it is locked in."""
+    """A guest finds no file to import from, so what it names is imported before it is locked in; and a helper before
+    the main answer does not make its `from __future__` a syntax error."""
     item = make_item("assert candidate('2020-02-29') == 5", prompt="from typing import List\nimport math\n")
     main = """from __future__ import annotations
 from datetime import datetime
@@ -1081,7 +1100,7 @@ import collections.abc, heapq, hashlib, sys
 def f(x: List[str]):
     hashlib.md5(b'a').hexdigest()
     return datetime.strptime(x, '%Y-%m-%d').weekday()"""
-    assert outcomes(rewards.code_reward([], main, item)) == ["passed"]
+    assert outcomes(rewards.code_reward(AUX, main, item)) == ["passed"]
 
 
 def test_an_endless_answer_costs_its_time_limit():
@@ -1130,7 +1149,7 @@ HOSTILE_ITEM = make_item(
 NEEDS_NAMESPACES = {  # what these do reaches beyond the two processes where nothing else is in the way
     "kills everything", "stops everything", "sockets", "files everywhere", "reads the tests from files",
     "reads other processes", "new namespaces", "deep folders", "many empty files", "evades its alarm",
-    "traces the judge", "other users",
+    "traces the judge", "other users", "kills its siblings", "system v shared memory",
 }  # fmt: skip
 
 
@@ -1148,22 +1167,29 @@ def judges_alive() -> list[str]:
 
 
 def places() -> list[str]:
-    """Files in all folders that a guest could think of writing to."""
-    folders = ["/", "/tmp", "/var/tmp", "/dev/shm", "/root", os.getcwd(), str(DATA.parent), tempfile.gettempdir()]
-    found = []
+    """Files of guests in all folders that they could think of writing to, and everything in this run's own."""
+    folders = ["/", "/tmp", "/var/tmp", "/dev/shm", "/root", os.getcwd(), str(DATA.parent)]
+    found = os.listdir(tempfile.gettempdir())
     for folder in {folder for folder in folders if os.access(folder, os.R_OK)}:
-        found += [f"{folder}/{name}" for name in os.listdir(folder) if MARK in name or name.startswith("guest-")]
+        found += [f"{folder}/{name}" for name in os.listdir(folder) if MARK in name]
     return found
 
 
 @pytest.fixture(scope="module")
-def verdicts() -> dict[str, dict]:
+def own_temp(tmp_path_factory):
+    """A folder for temporary files that no other run on this machine writes to."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temp"))
+    yield
+    tempfile.tempdir = before
+
+
+@pytest.fixture(scope="module")
+def verdicts(own_temp) -> dict[str, dict]:
     """The whole table, judged as one step."""
     spaces = rewards.isolation()["processes"]
     names = [name for name in HOSTILE if spaces or name not in NEEDS_NAMESPACES]
-    before = set(places())
     results = rewards.judge_many([(AUX, HOSTILE[name], HOSTILE_ITEM) for name in names])
-    left = {"files": sorted(set(places()) - before), "processes": judges_alive()}
+    left = {"files": places(), "processes": judges_alive()}
     return {**dict(zip(names, results, strict=True)), "left": left}
 
 
@@ -1176,6 +1202,7 @@ def test_no_hostile_answer_earns_more_than_an_honest_failure(verdicts, name):
     assert reward["passed"] == 0 and reward["total"] <= 1.5, reward
     assert reward["structure"] == 1.0 and reward["syntax"] == 0.5, reward  # it was run, not rejected for its form
     assert len(reward["detail"]["outcomes"]) == 2
+    "".join(outcomes(reward)).encode()  # as a tokenizer would: the next turn's prompt, or a log, may quote it
 
 
 def test_hostile_answers_leave_nothing_behind(verdicts):
@@ -1214,22 +1241,22 @@ def f(x):
     assert outcomes(rewards.code_reward(AUX, PRELUDE + main, item)) == ["passed"] * 3
 
 
-def test_reduced_isolation_still_judges(reduced):
+def test_reduced_isolation_still_judges(reduced, own_temp):
     """macOS and most containers refuse namespaces: the trainer can say so, and an answer still only returns values."""
     view = rewards.isolation()
     assert not view["processes"] and not view["network"]
     assert rewards.code_reward(AUX, "def f(x):\n    return x + 1", ITEM)["total"] == 2.5
     slow = {"fork bomb", "endless loop", "endless in C", "recursion without limit", "huge result", "memory bomb"}
+    slow |= {"stops itself", "hash collisions"}
     names = [name for name in HOSTILE if name not in NEEDS_NAMESPACES | slow]
-    before = places()
     results = rewards.judge_many([(AUX, HOSTILE[name], HOSTILE_ITEM) for name in names])
     assert {name: result["passed"] for name, result in zip(names, results, strict=True) if result["passed"]} == {}
-    assert judges_alive() == [] and set(places()) <= set(before)
+    assert judges_alive() == [] and places() == []
 
 
 def test_a_judge_deep_in_c_is_ended(monkeypatch):
     """A test of the data set may do with a returned value what hears no alarm, e.g. sum up to it."""
-    monkeypatch.setattr(rewards, "JOB_SECONDS", 0)  # of the trainer only: it waits 5 s more
+    monkeypatch.setattr(rewards, "JOB_SECONDS", 6)  # of the trainer only: the judge has more seconds of CPU
     item = make_item("assert candidate(1) == 1", "assert sum(range(candidate(2))) == 0", "assert candidate(1) == 1")
     for spaces in (True, False):
         monkeypatch.setattr(rewards, "USE_NAMESPACES", spaces)
