@@ -18,7 +18,9 @@ A rollout is a list of turn tables, so a single turn is a list of one, evaluatio
 README.md lists the differences from the paper and from the reference code, with reasons.
 """
 
+import contextlib
 import itertools
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -593,7 +595,7 @@ class Block:
     weight: torch.Tensor  # (A * B, G) of every token of a completion
     minibatch: torch.Tensor  # (A * B,) the optimizer step that a group belongs to
     live: torch.Tensor  # (A * B,) False where the whole group has advantage 0
-    origin: list  # A * B tuples (agent, slot, mean reward), for messages
+    origin: list  # A * B tuples (agent, slot, item, rewards), for messages
 
 
 def make_blocks(policy, turns, completions, advantages, num_items, minibatches, normalize, max_new_tokens, ranks):
@@ -611,7 +613,7 @@ def make_blocks(policy, turns, completions, advantages, num_items, minibatches, 
         places.append((minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots))))
         counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1)
         totals.index_put_(places[-1], counts.double(), accumulate=True)
-        nodes = list(zip(turn.slots, turn.rewards.mean(1).tolist(), strict=True))
+        nodes = list(zip(turn.slots, turn.items, turn.rewards.tolist(), strict=True))
         origin = [(agent, *node) for agent in policy.agents for node in nodes]
         blocks.append(Block(completions[t], lengths, advantage, None, minibatch, live, origin))
     totals = ranks.sum(totals)
@@ -626,7 +628,7 @@ def micro_batches(block, nodes, micro_batch):
     """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
     group = block.completions.group
     order = block.lengths[nodes].amax(1).argsort(descending=True, stable=True)
-    for part in nodes[order].split(max(micro_batch // group, 1)):
+    for part in nodes[order].split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
         for start in range(0, group, micro_batch):
             yield part, slice(start, start + micro_batch)
 
@@ -681,17 +683,23 @@ def update(
                 loss.backward()
                 policy.collect_gradients()
                 tally_ratio(tally, logp.detach(), piece, advantage, clip_eps, clip_eps_high, fresh)
-        ranks.sum_gradients(policy.masters)
-        tally.add(f"grad_norm/agent_{policy.agents[0]}", policy.step(max_grad_norm))
+        try:
+            ranks.sum_gradients(policy.masters)
+            norm = policy.step(max_grad_norm)
+        except FloatingPointError as error:
+            trained = [describe(b, ((b.minibatch == m) & b.live).nonzero()[:, 0]) for b in blocks]
+            raise FloatingPointError(f"{error} at one of: {'; '.join(trained)}") from error
+        tally.add(f"grad_norm/agent_{policy.agents[0]}", norm)
         fresh = False
 
 
 def describe(block, nodes):
     """Where a piece comes from, for an error message."""
     lines = []
-    for node in nodes.tolist():
-        agent, slot, reward = block.origin[node]
-        lines.append(f"agent {agent}, item {slot}, lengths {block.lengths[node].tolist()}, mean reward {reward:.3f}")
+    for node in nodes.tolist()[:8]:
+        agent, slot, item, rewards = block.origin[node]
+        seen = f"lengths {block.lengths[node].tolist()}, rewards {[round(r, 3) for r in rewards[:16]]}"
+        lines.append(f"agent {agent}, item {slot} of the step ({str(item)[:60]} ...), {seen}")
     return "; ".join(lines)
 
 
@@ -818,7 +826,6 @@ class Ranks:
             raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
         self.num_replicas = self.world // self.num_peers
         self.peer, self.replica = divmod(self.rank, self.num_replicas)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         self.agents = [self.peer] if layout == "apart" else list(range(num_agents))
         grid = torch.arange(self.world).view(self.num_peers, self.num_replicas).tolist()
         if self.world > 1:  # every rank has to create every group, in the same order
@@ -826,24 +833,38 @@ class Ranks:
             self.peers = [dist.new_group(list(column)) for column in zip(*grid, strict=True)][self.replica]
 
     def sum(self, tensor):
-        """Sum of a tensor over the replicas, on the tensor's device."""
+        """Sum of a CPU tensor over the replicas."""
         if self.num_replicas > 1:
-            shared = tensor.to(self.device)
-            dist.all_reduce(shared, group=self.replicas)
-            return shared.to(tensor.device)
+            dist.all_reduce(tensor, group=self.replicas)
         return tensor
 
     def max(self, number):
-        """The largest of all ranks' numbers: no rank decides alone what all have to do."""
-        if self.world == 1:
-            return number
-        shared = torch.tensor(number, device=self.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return shared.item()
+        """The largest of the replicas' numbers: no rank decides alone what all have to do."""
+        largest = torch.tensor(number)
+        if self.num_replicas > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.replicas)
+        return largest.item()
+
+    def any(self, value):
+        """Whether the value is true on any of all ranks."""
+        count = torch.tensor(bool(value), dtype=torch.int)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count.item() > 0
 
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    @contextlib.contextmanager
+    def local_first(self):
+        """The first process of each machine goes first, the others when it is done."""
+        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+        if waits:
+            self.barrier()
+        yield
+        if not waits:
+            self.barrier()
 
     def close(self):
         """Leave the process group, when all have come this far."""
@@ -858,6 +879,8 @@ class Ranks:
         for start in range(0, len(parameters), 64):
             bucket = parameters[start : start + 64]
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            if not torch.isfinite(flat.sum()):  # in the sum, nobody could tell whose it was
+                raise FloatingPointError("a gradient is not finite")
             dist.all_reduce(flat, group=self.replicas)
             for p, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = grad.view_as(p)
@@ -866,7 +889,7 @@ class Ranks:
         """The value of rank 0, on all ranks."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, device=self.device)
+            dist.broadcast_object_list(values)
         return values[0]
 
     def exchange(self, value):
