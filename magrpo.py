@@ -29,6 +29,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface
 
 
@@ -79,24 +82,28 @@ class Policy:
     agents: the roles it plays. One policy per agent is the paper's setting; one policy for all is parameter sharing.
     lr: learning rate of AdamW in float32; None for a policy that only answers. dtype: what forward and backward
     compute in. Other than float32, the optimizer keeps float32 master weights: steps at the usual 1e-6 to 1e-5 are
-    smaller than the spacing of bfloat16 numbers and would be lost.
+    smaller than the spacing of bfloat16 numbers and would be lost. mesh: the ranks that share one copy of the weights,
+    gradients and moments, in float32; parts are fetched in `dtype` for the time that they are needed.
     """
 
-    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None):
+    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, mesh=None):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # the policy that is scored must be the one that sampled
-        self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
+        self.model, self.tokenizer, self.agents, self.dtype, self.mesh = model, tokenizer, list(agents), dtype, mesh
         self.reference = None  # another Policy, frozen, for the kl term
         self.stop_ids = known_stop_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
         self.context = getattr(model.config, "max_position_embeddings", None)
-        self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
-        if dtype != torch.float32:
-            self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
-        for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
-            p.data = p.data.to(dtype)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True) if lr else None
         use_group_attention(model)
+        if mesh is not None:
+            shard(model, mesh, dtype)
+        self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
+        if mesh is None:
+            if dtype != torch.float32:
+                self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
+            for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
+                p.data = p.data.to(dtype)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True) if lr else None
 
     @property
     def device(self):
@@ -117,22 +124,45 @@ class Policy:
         rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
         return [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in rows]
 
-    def save(self, folder):
-        """Write model and tokenizer as `from_pretrained` of transformers reads them."""
-        self.model.save_pretrained(folder)
+    def save(self, folder, weights=None):
+        """Write model and tokenizer as `from_pretrained` of transformers reads them. weights: from `whole_weights`."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
-    def state(self):
-        """What a checkpoint keeps: float32 weights and the optimizer's moments."""
-        return {"masters": [p.detach() for p in self.masters], "optimizer": self.optimizer.state_dict()}
+    def whole_weights(self, keep):
+        """Sharded weights by name, in full, where `keep` is true; None where nothing is sharded."""
+        if self.mesh is None:
+            return None
+        tensors = self.model.state_dict(keep_vars=True)
+        names = {id(tensor): name for name, tensor in reversed(tensors.items())}.values()  # tied weights once
+        return {name: whole(tensors[name].detach(), keep) for name in names}
+
+    def state(self, keep=True):
+        """What a checkpoint keeps: float32 weights and the optimizer's moments, however many ranks they are split over.
+
+        Of sharded weights, all ranks have to call this, and those with `keep` get them.
+        """
+        optimizer = self.optimizer.state_dict()
+        moments = {i: {name: whole(x, keep) for name, x in s.items()} for i, s in optimizer["state"].items()}
+        masters = [whole(p.detach(), keep) for p in self.masters]
+        return {"masters": masters, "optimizer": optimizer | {"state": moments}}
 
     def load_state(self, state):
         """Continue from a checkpoint, to the last bit."""
+        masters, moments = self.masters, state["optimizer"]["state"]
         with torch.no_grad():
-            for p, saved in zip(self.masters, state["masters"], strict=True):
-                p.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+            for p, saved in zip(masters, state["masters"], strict=True):
+                p.copy_(part(saved, p))
+        moments = {i: {name: part(x, masters[i]) for name, x in s.items()} for i, s in moments.items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.copy_masters()
+
+    def fetch(self, all_of_it):
+        """Fetch sharded weights and keep them, so that each rank can sample as much as it needs; or let go."""
+        for module in self.model.modules() if self.mesh is not None else ():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(not all_of_it, recurse=False)
+                module.unshard() if all_of_it else module.reshard()
 
     @torch.no_grad()
     def copy_masters(self):
@@ -151,13 +181,38 @@ class Policy:
 
     def step(self, max_grad_norm):
         """Clip, step, and copy the masters to the model. Returns the gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.copy_masters()
         return norm.item()
+
+
+def shard(model, mesh, dtype):
+    """Split the weights over the ranks of a mesh, with FSDP2. Gradients are summed, not averaged."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor, keep=True):
+    """All of a tensor. A sharded one is gathered, a collective of its ranks, to the CPU of those that keep it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if keep else None
+
+
+def part(tensor, like):
+    """This rank's shard of a whole tensor where `like` is sharded. Scalars are not."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def known_stop_ids(model, tokenizer):
@@ -624,13 +679,22 @@ def make_blocks(policy, turns, completions, advantages, num_items, minibatches, 
     return blocks, totals[..., 2].sum((1, 2))
 
 
-def micro_batches(block, nodes, micro_batch):
+def micro_batches(block, minibatch, flat_too, micro_batch):
     """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
+    nodes = ((block.minibatch == minibatch) & (block.live | flat_too)).nonzero()[:, 0]
     group = block.completions.group
     order = block.lengths[nodes].amax(1).argsort(descending=True, stable=True)
-    for part in nodes[order].split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
+    for some in nodes[order].split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
         for start in range(0, group, micro_batch):
-            yield part, slice(start, start + micro_batch)
+            yield some, slice(start, start + micro_batch)
+
+
+def idle_block(device):
+    """One token of weight 0: what a rank computes along with the others when it has nothing left to do itself."""
+    one = torch.ones(1, 1, device=device)
+    completions = Completions(one.long(), one.bool(), one.long(), one.bool(), -one, one[0].bool())
+    nothing = torch.zeros(1, 1)
+    return Block(completions, nothing, nothing, nothing, nothing[0], nothing[0].bool(), [])
 
 
 def update(
@@ -664,30 +728,33 @@ def update(
     for m in list(range(minibatches)) * epochs:
         if not live_groups[m] and not kl:
             continue
-        for block in blocks:
-            wanted = (block.minibatch == m) & (block.live | bool(kl))
-            for nodes, members in micro_batches(block, wanted.nonzero()[:, 0], micro_batch):
-                piece = block.completions.select(nodes, members)
-                advantage, weight = (
-                    x[nodes, members].view(-1, 1).to(policy.device) for x in (block.advantage, block.weight)
-                )
-                logp = token_logprobs(policy, piece, temperature)
-                # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
-                logp_old = logp.detach() if fresh else piece.logp
-                logp_ref = token_logprobs(policy.reference, piece, temperature) if kl else None
-                loss = policy_loss(
-                    logp, logp_old, advantage, weight * piece.mask, clip_eps, clip_eps_high, kl, logp_ref
-                )
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss.item()} at {describe(block, nodes)}")
-                loss.backward()
-                policy.collect_gradients()
+        pieces = [(block, *p) for block in blocks for p in micro_batches(block, m, bool(kl), micro_batch)]
+        if policy.mesh is not None:  # each pass fetches weights from the other ranks, so all have to make as many
+            pieces += [(idle_block(policy.device), torch.tensor([0]), slice(0, 1))] * (
+                ranks.max(len(pieces)) - len(pieces)
+            )
+        for block, nodes, members in pieces:
+            piece = block.completions.select(nodes, members)
+            advantage, weight = (
+                x[nodes, members].view(-1, 1).to(policy.device) for x in (block.advantage, block.weight)
+            )
+            logp = token_logprobs(policy, piece, temperature)
+            # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
+            logp_old = logp.detach() if fresh else piece.logp
+            logp_ref = token_logprobs(policy.reference, piece, temperature) if kl else None
+            loss = policy_loss(logp, logp_old, advantage, weight * piece.mask, clip_eps, clip_eps_high, kl, logp_ref)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at {describe(block, nodes)}")
+            loss.backward()
+            policy.collect_gradients()
+            if block.origin:
                 tally_ratio(tally, logp.detach(), piece, advantage, clip_eps, clip_eps_high, fresh)
         try:
-            ranks.sum_gradients(policy.masters)
+            if policy.mesh is None:  # else the backward pass has done it
+                ranks.sum_gradients(policy.masters)
             norm = policy.step(max_grad_norm)
         except FloatingPointError as error:
-            trained = [describe(b, ((b.minibatch == m) & b.live).nonzero()[:, 0]) for b in blocks]
+            trained = [describe(block, nodes) for block, nodes, _ in pieces[:8]]
             raise FloatingPointError(f"{error} at one of: {'; '.join(trained)}") from error
         tally.add(f"grad_norm/agent_{policy.agents[0]}", norm)
         fresh = False
@@ -723,7 +790,8 @@ def train_step(policies, task, items, *, seed, step, discount, advantage, sampli
     ranks, tally, clock = ranks or Ranks(), Tally(), time.perf_counter
     slots = range(ranks.replica, len(items), ranks.num_replicas)
     mine, start = [items[s] for s in slots], clock()
-    turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
+    with fetched(policies):
+        turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
     tally_rollout(tally, turns, policies, discount, clock() - start, ranks)
     start, group = clock(), sampling["group"]
     returns = returns_to_go(turns, discount)
@@ -743,12 +811,25 @@ def evaluate(policies, task, items, *, seed, sampling, discount=1.0, nodes=32, r
     ranks, tally, chunks = ranks or Ranks(), Tally(), []
     sampling = sampling | {"group": 1, "joint": "aligned"}
     slots = range(ranks.replica, len(items), ranks.num_replicas)
-    for first in range(0, len(slots), nodes):
-        part, start = slots[first : first + nodes], time.perf_counter()
-        chunk = [items[s] for s in part]
-        chunks.append(rollout(policies, task, chunk, slots=part, seed=seed, step=EVALUATION, ranks=ranks, **sampling))
-        tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
+    with fetched(policies):
+        for first in range(0, len(slots), nodes):
+            part, start = slots[first : first + nodes], time.perf_counter()
+            chunk = [items[s] for s in part]
+            chunks.append(
+                rollout(policies, task, chunk, slots=part, seed=seed, step=EVALUATION, ranks=ranks, **sampling)
+            )
+            tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
     return chunks, ranks.reduce(tally)
+
+
+@contextlib.contextmanager
+def fetched(policies):
+    """Sharded weights are on every rank in here."""
+    for policy in policies:
+        policy.fetch(True)
+    yield
+    for policy in policies:
+        policy.fetch(False)
 
 
 EVALUATION = 2**32  # stands where random streams have the step: no training step reaches it
@@ -855,6 +936,10 @@ class Ranks:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def mesh(self, device):
+        """The ranks that can share one copy of an agent; None where an agent has a single one."""
+        return DeviceMesh.from_group(self.replicas, device.type) if self.num_replicas > 1 else None
 
     @contextlib.contextmanager
     def local_first(self):

@@ -86,6 +86,7 @@ class Config:
         choices=["together", "apart"],
     )
 
+    shard: bool = option(False, "processes", "split each agent's weights over its ranks with FSDP2, to save memory")
     micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
     checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
 
@@ -126,7 +127,7 @@ def parse_args(argv):
 
 
 # what may differ when a run goes on: it changes nothing that is computed, or only its rounding
-FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "micro_batch", "checkpointing"}
+FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "shard", "micro_batch", "checkpointing"}
 
 
 def resumed_config(given):
@@ -225,17 +226,18 @@ def load_agents(config, ranks=None, device="cpu"):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
     roles = [ranks.agents] if config.weights == "shared" else [[agent] for agent in ranks.agents]
     dtype = getattr(torch, fastest_dtype(device) if config.dtype == "auto" else config.dtype)
-    policies = []
+    policies, mesh = [], ranks.mesh(device) if config.shard else None
     for agents in roles:
-        model, tokenizer = load_model(names[agents[0] % len(names)], device)
+        # what is to be split need not fit the device: FSDP2 takes it there layer by layer
+        model, tokenizer = load_model(names[agents[0] % len(names)], "cpu" if mesh else device)
         lr = None if config.eval_only else config.lr
         frozen = copy.deepcopy(model).requires_grad_(False) if lr and config.kl else None
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; the policy has no dropout left
-        policies.append(Policy(model, tokenizer, agents, lr, dtype))
+        policies.append(Policy(model, tokenizer, agents, lr, dtype, mesh=mesh))
         if frozen:
-            policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype)
+            policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype, mesh=mesh)
     return policies
 
 
@@ -443,7 +445,7 @@ def save_checkpoint(folder, step, keep, policies, notes, log, ranks):
             partial.mkdir(parents=True)
     ranks.barrier()
     for policy in policies:
-        state = policy.state()
+        state = policy.state(keep=ranks.replica == 0)
         if ranks.replica == 0:
             path = partial / f"agent_{policy.agents[0]}.pt"
             with writing(path, spoilt=partial):
@@ -582,7 +584,7 @@ def print_header(config, task, policies, device, folder):
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
         "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s)",
         "model": f"{config.agents or config.model}, {type(model).__name__}, {parameters:.0f} M parameters each",
-        "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {str(model.dtype)[6:]}",
+        "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {config.dtype}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
         "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
         "writes": f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing",
@@ -691,7 +693,7 @@ def run(config):
         task = TASKS[config.task](config.num_agents, config.data, config.feedback)
         policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
-    config = dataclasses.replace(config, dtype=str(policies[0].model.dtype)[6:])  # another machine's auto may differ
+    config = dataclasses.replace(config, dtype=str(policies[0].dtype)[6:])  # another machine's auto may differ
     folder, config = (None, config) if config.eval_only else run_folder(config, ranks)
     if ranks.rank == 0:
         print_header(config, task, policies, device, folder)
@@ -703,19 +705,20 @@ def run(config):
         return
     start = time.perf_counter()
     result = train(config, task, policies, folder, ranks)
+    weights = [policy.whole_weights(keep=ranks.replica == 0) for policy in policies if result]
     ranks.close()  # in a process group, transformers would save nothing but rank 0's agents
     if result:
-        finish(task, policies, folder, *result, time.perf_counter() - start, ranks)
+        finish(task, policies, weights, folder, *result, time.perf_counter() - start, ranks)
     elif ranks.rank == 0:
         print(f"\ninterrupted and saved; continue with: train.py --resume {folder}")
 
 
-def finish(task, policies, folder, before, after, seconds, ranks):
+def finish(task, policies, weights, folder, before, after, seconds, ranks):
     """Save the agents, draw the curve, print the table."""
-    for policy in policies:
+    for policy, tensors in zip(policies, weights, strict=True):
         for agent in policy.agents if ranks.replica == 0 else ():
             with replacing(folder / f"agent_{agent}") as partial:
-                policy.save(partial)
+                policy.save(partial, tensors)
     if ranks.rank == 0:
         with writing(folder / "curve.png"):
             draw_curve(folder, task.maxima)
