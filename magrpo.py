@@ -18,7 +18,9 @@ A rollout is a list of turn tables, so a single turn is a list of one, evaluatio
 README.md lists the differences from the paper and from the reference code, with reasons.
 """
 
+import contextlib
 import itertools
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface
 
 
@@ -77,27 +82,32 @@ class Policy:
     agents: the roles it plays. One policy per agent is the paper's setting; one policy for all is parameter sharing.
     lr: learning rate of AdamW in float32, reached linearly over `warmup` optimizer steps; None for a policy that only
     answers. dtype: what forward and backward compute in. Other than float32, the optimizer keeps float32 master
-    weights: steps at the usual 1e-6 to 1e-5 are smaller than the spacing of bfloat16 numbers and would be lost.
+    weights: steps at the usual 1e-6 to 1e-5 are smaller than the spacing of bfloat16 numbers and would be lost. mesh:
+    the ranks that share one copy of the weights, gradients and moments, in float32; parts are fetched in `dtype` for
+    the time that they are needed.
     """
 
-    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, warmup=0):
+    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, warmup=0, mesh=None):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # the policy that is scored must be the one that sampled
-        self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
+        self.model, self.tokenizer, self.agents, self.dtype, self.mesh = model, tokenizer, list(agents), dtype, mesh
         self.reference = None  # another Policy, frozen, for the kl term
         self.stop_ids = known_stop_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
         self.context = getattr(model.config, "max_position_embeddings", None)
+        use_group_attention(model)
+        if mesh is not None:
+            shard(model, mesh, dtype)
         self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
-        if dtype != torch.float32:
-            self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
-        for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
-            p.data = p.data.to(dtype)
+        if mesh is None:
+            if dtype != torch.float32:
+                self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
+            for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
+                p.data = p.data.to(dtype)
         if lr:
             self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
             # Adam's first steps have the full size in every weight, whatever the gradient's: the largest of the run
             self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1, (n + 1) / (warmup + 1)))
-        use_group_attention(model)
 
     @property
     def device(self):
@@ -118,24 +128,46 @@ class Policy:
         rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
         return [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in rows]
 
-    def save(self, folder):
-        """Write model and tokenizer as `from_pretrained` of transformers reads them."""
-        self.model.save_pretrained(folder)
+    def save(self, folder, weights=None):
+        """Write model and tokenizer as `from_pretrained` of transformers reads them. weights: from `whole_weights`."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
-    def state(self):
-        """What a checkpoint keeps: float32 weights and the optimizer's moments."""
+    def whole_weights(self, keep):
+        """Sharded weights by name, in full, where `keep` is true; None where nothing is sharded."""
+        if self.mesh is None:
+            return None
+        tensors = self.model.state_dict(keep_vars=True)
+        names = {id(tensor): name for name, tensor in reversed(tensors.items())}.values()  # tied weights once
+        return {name: whole(tensors[name].detach(), keep) for name in names}
+
+    def state(self, keep=True):
+        """What a checkpoint keeps: float32 weights and the optimizer's moments, however many ranks they are split over.
+
+        Of sharded weights, all ranks have to call this, and those with `keep` get them.
+        """
         optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
-        return {"masters": [p.detach() for p in self.masters], "optimizer": optimizer, "schedule": schedule}
+        moments = {i: {name: whole(x, keep) for name, x in s.items()} for i, s in optimizer["state"].items()}
+        masters = [whole(p.detach(), keep) for p in self.masters]
+        return {"masters": masters, "optimizer": optimizer | {"state": moments}, "schedule": schedule}
 
     def load_state(self, state):
         """Continue from a checkpoint, to the last bit."""
+        masters, moments = self.masters, state["optimizer"]["state"]
         with torch.no_grad():
-            for p, saved in zip(self.masters, state["masters"], strict=True):
-                p.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+            for p, saved in zip(masters, state["masters"], strict=True):
+                p.copy_(part(saved, p))
+        moments = {i: {name: part(x, masters[i]) for name, x in s.items()} for i, s in moments.items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.schedule.load_state_dict(state["schedule"])
         self.copy_masters()
+
+    def fetch(self, all_of_it):
+        """Fetch sharded weights and keep them, so that each rank can sample as much as it needs; or let go."""
+        for module in self.model.modules() if self.mesh is not None else ():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(not all_of_it, recurse=False)
+                module.unshard() if all_of_it else module.reshard()
 
     @torch.no_grad()
     def copy_masters(self):
@@ -154,7 +186,7 @@ class Policy:
 
     def step(self, max_grad_norm):
         """Clip, step, and copy the masters to the model. Returns the gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         self.optimizer.step()
@@ -162,6 +194,31 @@ class Policy:
         self.optimizer.zero_grad(set_to_none=True)
         self.copy_masters()
         return norm.item()
+
+
+def shard(model, mesh, dtype):
+    """Split the weights over the ranks of a mesh, with FSDP2. Gradients are summed, not averaged."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor, keep=True):
+    """All of a tensor. A sharded one is gathered, a collective of its ranks, to the CPU of those that keep it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if keep else None
+
+
+def part(tensor, like):
+    """This rank's shard of a whole tensor where `like` is sharded. Scalars are not."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def known_stop_ids(model, tokenizer):
@@ -599,7 +656,7 @@ class Block:
     weight: torch.Tensor  # (A * B, G) of every token of a completion
     minibatch: torch.Tensor  # (A * B,) the optimizer step that a group belongs to
     live: torch.Tensor  # (A * B,) False where the whole group has advantage 0
-    origin: list  # A * B tuples (agent, slot, mean reward), for messages
+    origin: list  # A * B tuples (agent, slot, item, rewards), for messages
 
 
 def make_blocks(policy, turns, completions, advantages, num_items, minibatches, normalize, max_new_tokens, ranks):
@@ -617,7 +674,7 @@ def make_blocks(policy, turns, completions, advantages, num_items, minibatches, 
         places.append((minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots))))
         counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1)
         totals.index_put_(places[-1], counts.double(), accumulate=True)
-        nodes = list(zip(turn.slots, turn.rewards.mean(1).tolist(), strict=True))
+        nodes = list(zip(turn.slots, turn.items, turn.rewards.tolist(), strict=True))
         origin = [(agent, *node) for agent in policy.agents for node in nodes]
         blocks.append(Block(completions[t], lengths, advantage, None, minibatch, live, origin))
     totals = ranks.sum(totals)
@@ -628,13 +685,22 @@ def make_blocks(policy, turns, completions, advantages, num_items, minibatches, 
     return blocks, totals[..., 2].sum((1, 2))
 
 
-def micro_batches(block, nodes, micro_batch):
+def micro_batches(block, minibatch, flat_too, micro_batch):
     """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
+    nodes = ((block.minibatch == minibatch) & (block.live | flat_too)).nonzero()[:, 0]
     group = block.completions.group
     order = block.lengths[nodes].amax(1).argsort(descending=True, stable=True)
-    for part in nodes[order].split(max(micro_batch // group, 1)):
+    for some in nodes[order].split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
         for start in range(0, group, micro_batch):
-            yield part, slice(start, start + micro_batch)
+            yield some, slice(start, start + micro_batch)
+
+
+def idle_block(device):
+    """One token of weight 0: what a rank computes along with the others when it has nothing left to do itself."""
+    one = torch.ones(1, 1, device=device)
+    completions = Completions(one.long(), one.bool(), one.long(), one.bool(), -one, one[0].bool())
+    nothing = torch.zeros(1, 1)
+    return Block(completions, nothing, nothing, nothing, nothing[0], nothing[0].bool(), [])
 
 
 def update(
@@ -668,36 +734,45 @@ def update(
     for m in list(range(minibatches)) * epochs:
         if not live_groups[m] and not kl:
             continue
-        for block in blocks:
-            wanted = (block.minibatch == m) & (block.live | bool(kl))
-            for nodes, members in micro_batches(block, wanted.nonzero()[:, 0], micro_batch):
-                piece = block.completions.select(nodes, members)
-                advantage, weight = (
-                    x[nodes, members].view(-1, 1).to(policy.device) for x in (block.advantage, block.weight)
-                )
-                logp = token_logprobs(policy, piece, temperature)
-                # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
-                logp_old = logp.detach() if fresh else piece.logp
-                logp_ref = token_logprobs(policy.reference, piece, temperature) if kl else None
-                loss = policy_loss(
-                    logp, logp_old, advantage, weight * piece.mask, clip_eps, clip_eps_high, kl, logp_ref
-                )
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss.item()} at {describe(block, nodes)}")
-                loss.backward()
-                policy.collect_gradients()
+        pieces = [(block, *p) for block in blocks for p in micro_batches(block, m, bool(kl), micro_batch)]
+        if policy.mesh is not None:  # each pass fetches weights from the other ranks, so all have to make as many
+            pieces += [(idle_block(policy.device), torch.tensor([0]), slice(0, 1))] * (
+                ranks.max(len(pieces)) - len(pieces)
+            )
+        for block, nodes, members in pieces:
+            piece = block.completions.select(nodes, members)
+            advantage, weight = (
+                x[nodes, members].view(-1, 1).to(policy.device) for x in (block.advantage, block.weight)
+            )
+            logp = token_logprobs(policy, piece, temperature)
+            # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
+            logp_old = logp.detach() if fresh else piece.logp
+            logp_ref = token_logprobs(policy.reference, piece, temperature) if kl else None
+            loss = policy_loss(logp, logp_old, advantage, weight * piece.mask, clip_eps, clip_eps_high, kl, logp_ref)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at {describe(block, nodes)}")
+            loss.backward()
+            policy.collect_gradients()
+            if block.origin:
                 tally_ratio(tally, logp.detach(), piece, advantage, clip_eps, clip_eps_high, fresh)
-        ranks.sum_gradients(policy.masters)
-        tally.add(f"grad_norm/agent_{policy.agents[0]}", policy.step(max_grad_norm))
+        try:
+            if policy.mesh is None:  # else the backward pass has done it
+                ranks.sum_gradients(policy.masters)
+            norm = policy.step(max_grad_norm)
+        except FloatingPointError as error:
+            trained = [describe(block, nodes) for block, nodes, _ in pieces[:8]]
+            raise FloatingPointError(f"{error} at one of: {'; '.join(trained)}") from error
+        tally.add(f"grad_norm/agent_{policy.agents[0]}", norm)
         fresh = False
 
 
 def describe(block, nodes):
     """Where a piece comes from, for an error message."""
     lines = []
-    for node in nodes.tolist():
-        agent, slot, reward = block.origin[node]
-        lines.append(f"agent {agent}, item {slot}, lengths {block.lengths[node].tolist()}, mean reward {reward:.3f}")
+    for node in nodes.tolist()[:8]:
+        agent, slot, item, rewards = block.origin[node]
+        seen = f"lengths {block.lengths[node].tolist()}, rewards {[round(r, 3) for r in rewards[:16]]}"
+        lines.append(f"agent {agent}, item {slot} of the step ({str(item)[:60]} ...), {seen}")
     return "; ".join(lines)
 
 
@@ -721,7 +796,8 @@ def train_step(policies, task, items, *, seed, step, discount, advantage, sampli
     ranks, tally, clock = ranks or Ranks(), Tally(), time.perf_counter
     slots = range(ranks.replica, len(items), ranks.num_replicas)
     mine, start = [items[s] for s in slots], clock()
-    turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
+    with fetched(policies):
+        turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
     tally_rollout(tally, turns, policies, discount, clock() - start, ranks)
     start, group = clock(), sampling["group"]
     returns = returns_to_go(turns, discount)
@@ -741,12 +817,25 @@ def evaluate(policies, task, items, *, seed, sampling, group=1, discount=1.0, no
     ranks, tally, chunks = ranks or Ranks(), Tally(), []
     sampling = sampling | {"group": group, "joint": "aligned"}
     slots = range(ranks.replica, len(items), ranks.num_replicas)
-    for first in range(0, len(slots), nodes):
-        part, start = slots[first : first + nodes], time.perf_counter()
-        chunk = [items[s] for s in part]
-        chunks.append(rollout(policies, task, chunk, slots=part, seed=seed, step=EVALUATION, ranks=ranks, **sampling))
-        tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
+    with fetched(policies):
+        for first in range(0, len(slots), nodes):
+            part, start = slots[first : first + nodes], time.perf_counter()
+            chunk = [items[s] for s in part]
+            chunks.append(
+                rollout(policies, task, chunk, slots=part, seed=seed, step=EVALUATION, ranks=ranks, **sampling)
+            )
+            tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
     return chunks, ranks.reduce(tally)
+
+
+@contextlib.contextmanager
+def fetched(policies):
+    """Sharded weights are on every rank in here."""
+    for policy in policies:
+        policy.fetch(True)
+    yield
+    for policy in policies:
+        policy.fetch(False)
 
 
 EVALUATION = 2**32  # stands where random streams have the step: no training step reaches it
@@ -824,7 +913,6 @@ class Ranks:
             raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
         self.num_replicas = self.world // self.num_peers
         self.peer, self.replica = divmod(self.rank, self.num_replicas)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         self.agents = [self.peer] if layout == "apart" else list(range(num_agents))
         grid = torch.arange(self.world).view(self.num_peers, self.num_replicas).tolist()
         if self.world > 1:  # every rank has to create every group, in the same order
@@ -832,24 +920,42 @@ class Ranks:
             self.peers = [dist.new_group(list(column)) for column in zip(*grid, strict=True)][self.replica]
 
     def sum(self, tensor):
-        """Sum of a tensor over the replicas, on the tensor's device."""
+        """Sum of a CPU tensor over the replicas."""
         if self.num_replicas > 1:
-            shared = tensor.to(self.device)
-            dist.all_reduce(shared, group=self.replicas)
-            return shared.to(tensor.device)
+            dist.all_reduce(tensor, group=self.replicas)
         return tensor
 
     def max(self, number):
-        """The largest of all ranks' numbers: no rank decides alone what all have to do."""
-        if self.world == 1:
-            return number
-        shared = torch.tensor(number, device=self.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return shared.item()
+        """The largest of the replicas' numbers: no rank decides alone what all have to do."""
+        largest = torch.tensor(number)
+        if self.num_replicas > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.replicas)
+        return largest.item()
+
+    def any(self, value):
+        """Whether the value is true on any of all ranks."""
+        count = torch.tensor(bool(value), dtype=torch.int)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count.item() > 0
 
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def mesh(self, device):
+        """The ranks that can share one copy of an agent; None where an agent has a single one."""
+        return DeviceMesh.from_group(self.replicas, device.type) if self.num_replicas > 1 else None
+
+    @contextlib.contextmanager
+    def local_first(self):
+        """The first process of each machine goes first, the others when it is done."""
+        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+        if waits:
+            self.barrier()
+        yield
+        if not waits:
+            self.barrier()
 
     def close(self):
         """Leave the process group, when all have come this far."""
@@ -864,6 +970,8 @@ class Ranks:
         for start in range(0, len(parameters), 64):
             bucket = parameters[start : start + 64]
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            if not torch.isfinite(flat.sum()):  # in the sum, nobody could tell whose it was
+                raise FloatingPointError("a gradient is not finite")
             dist.all_reduce(flat, group=self.replicas)
             for p, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = grad.view_as(p)
@@ -872,7 +980,7 @@ class Ranks:
         """The value of rank 0, on all ranks."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, device=self.device)
+            dist.broadcast_object_list(values)
         return values[0]
 
     def exchange(self, value):

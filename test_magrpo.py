@@ -11,6 +11,8 @@ import json
 import math
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -743,6 +745,9 @@ BAD_INPUTS = {
     "--model={llama},{gpt2} --weights=shared": "--weights shared",
     "--num-agents=3": "not 3",
     "--out={posts}": "posts.jsonl",
+    "--weights=shared --layout=apart": "--weights shared",
+    "--resume={root}/llama": "config.json",
+    "--resume={root}/nowhere": "no run there",
 }
 
 
@@ -790,27 +795,147 @@ def saved_weights(out, agents=2):
     return [weights_of(AutoModelForCausalLM.from_pretrained(out / f"agent_{i}")) for i in range(agents)]
 
 
-def test_ranks_and_layouts_compute_the_same(files, tmp_path):
-    """Each rank averaged over its own items, and two processes learned something else than one."""
-    more = ["--prompts=4", "--turns=2"]
-    assert train.main(arguments(files, tmp_path / "one", *more)) == 0
-    runs = {}
-    for layout in ("together", "apart"):
-        command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
-        command += [ROOT / "train.py", *arguments(files, tmp_path / layout, *more, f"--layout={layout}")]
-        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "stderr": subprocess.PIPE}
-        runs[layout] = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
-    for layout, run in runs.items():
-        errors = run.communicate()[1]
-        assert run.returncode == 0, errors
-        assert len(numbers(tmp_path / layout)) == len(numbers(tmp_path / "one")) == 4
-        for line, same in zip(numbers(tmp_path / layout), numbers(tmp_path / "one"), strict=True):
-            peaks = {"ratio_max"}  # rounding, at its largest
-            assert {k: v for k, v in line.items() if k not in peaks} == pytest.approx(
-                {k: v for k, v in same.items() if k not in peaks}, rel=1e-3, abs=1e-4
-            )
-        for weights, same in zip(saved_weights(tmp_path / layout), saved_weights(tmp_path / "one"), strict=True):
-            assert (weights - same).abs().max() < 1e-3  # Adam divides by gradients that are rounding alone
+# Imports once, then forks the ranks of all runs, which find each other as under any launcher that sets these variables.
+LAUNCHER = """
+import json, os, sys, train
+runs = {}
+for name, (ranks, port, arguments) in json.load(sys.stdin).items():
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+            where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {key: str(value) for key, value in where.items()}
+            os._exit(train.main(arguments))
+        runs[child] = name
+while runs:
+    child, status = os.wait()
+    name = runs.pop(child)
+    if status:
+        sys.exit(f"{name}: status {status}")
+"""
+RANKS = {
+    "together 2": (2, []),
+    "together 4": (4, []),
+    "apart 2": (2, ["--layout=apart"]),
+    "apart 4": (4, ["--layout=apart"]),
+    "sharded 2": (2, ["--shard"]),
+    "sharded apart 4": (4, ["--shard", "--layout=apart", "--checkpointing"]),
+}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ranks_runs(files, tmp_path_factory):
+    """Folders of the same run on one process and on several: 3 items a step, so that ranks get 2, 1 or none."""
+    root = tmp_path_factory.mktemp("ranks")
+    more = [
+        "--prompts=3",
+        "--turns=2",
+        "--micro-batch=2",
+        "--save-every=1",
+        f"--model={files['llama']},{files['gpt2']}",
+    ]
+    jobs = {
+        name: (ranks, free_port(), arguments(files, str(root / name), *more, *flags))
+        for name, (ranks, flags) in ({"one": (1, [])} | RANKS).items()
+    }
+    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "timeout": 240}
+    run = subprocess.run([sys.executable, "-c", LAUNCHER], input=json.dumps(jobs), capture_output=True, **options)
+    assert run.returncode == 0, run.stderr
+    return {name: root / name for name in jobs}
+
+
+def assert_same_run(out, other):
+    """Metrics and weights are equal within rounding."""
+    assert len(numbers(out)) == len(numbers(other))
+    for line, same in zip(numbers(out), numbers(other), strict=True):
+        peaks = {"ratio_max"}  # rounding, at its largest
+        assert {k: v for k, v in line.items() if k not in peaks} == pytest.approx(
+            {k: v for k, v in same.items() if k not in peaks}, rel=1e-3, abs=1e-4
+        )
+    for weights, same in zip(saved_weights(out), saved_weights(other), strict=True):
+        # Adam divides by gradients that are rounding alone, such as those of GPT-2's key biases: these 64 may differ
+        assert ((weights - same).abs() > 1e-3).sum() <= 64
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_layouts_and_shards_compute_the_same(ranks_runs, name):
+    """Each rank averaged over its own items; one without items, or with fewer pieces of a shard, hung the others."""
+    out, one = ranks_runs[name], ranks_runs["one"]
+    assert (out / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+    assert_same_run(out, one)
+
+
+@pytest.mark.parametrize("name", ["sharded 2", "apart 2"])
+def test_run_goes_on_with_another_number_of_ranks(ranks_runs, files, tmp_path, name):
+    """A checkpoint of shards could be read by as many ranks only as had written it."""
+    for folder in (name, "one"):
+        shutil.copytree(ranks_runs[folder], tmp_path / folder)
+        assert train.main([f"--resume={tmp_path / folder}", "--steps=3", "--layout=together", "--no-shard"]) == 0
+    assert_same_run(tmp_path / name, tmp_path / "one")
+
+
+BROKEN_TASK = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import tasks, train
+class Broken(tasks.Writing):
+    def reward(self, item, history, texts):
+        if os.environ["RANK"] == "1" and len(texts[0]) % 2:
+            {fault}
+        return super().reward(item, history, texts)
+tasks.TASKS["writing"] = Broken
+sys.exit(train.main())
+"""
+FAULTS = {
+    "raise ZeroDivisionError('no such word')": ["[rank1]: ZeroDivisionError: no such word", "rank      : 1 "],
+    "os.kill(os.getpid(), signal.SIGKILL)": ["another process has gone", "Signal 9 (SIGKILL)", "rank      : 1 "],
+}
+
+
+@pytest.mark.parametrize(("fault", "messages"), FAULTS.items())
+def test_rank_that_fails_ends_the_job_and_is_named(files, tmp_path, fault, messages):
+    """Rank 1 died in a reward, and rank 0 waited for its gradients until the night was over."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN_TASK.format(root=str(ROOT), fault=fault))
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(), script]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True, "timeout": 120}
+    run = subprocess.run([*command, *arguments(files, tmp_path / "run", steps=100)], **options)
+    assert run.returncode != 0 and all(message in run.stderr for message in messages), run.stderr
+
+
+def test_killed_worker_resumes_by_itself(files, tmp_path):
+    """torchrun started the command again, and the run began anew in another folder, or in somebody else's."""
+    other = tmp_path / "runs" / "writing"
+    other.mkdir(parents=True)
+    command = [sys.executable, *"-m torch.distributed.run --standalone --max-restarts=2".split(), ROOT / "train.py"]
+    command += arguments(files, "", "--save-every=1", steps=12)
+    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+    for place in ("config.json", "checkpoints/step_0000002"):  # before there is a checkpoint, and after
+        while run.poll() is None and not (tmp_path / "runs" / "writing-2" / place).exists():
+            time.sleep(0.01)
+        for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, errors
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["writing", "writing-2"]
+    assert train.main(arguments(files, tmp_path / "calm", steps=12)) == 0
+    assert numbers(tmp_path / "runs" / "writing-2") == numbers(tmp_path / "calm")
+    assert not list(other.iterdir())
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -821,9 +946,7 @@ def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys, dtype):
     out = tmp_path / "resumed"
     assert train.main(arguments(files, out, *flags, steps=2)) == 0
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
-    with open(out / "checkpoints" / "step_0000002" / "agent_1.pt", "r+b") as file:
-        file.seek(5000)
-        file.write(b"damage")
+    flip(out / "checkpoints" / "step_0000002" / "agent_1.pt")
     assert train.main([f"--resume={out}", "--lr=1"]) == 2
     assert "--lr was 0.01, not 1.0" in capsys.readouterr().err
     assert train.main([f"--resume={out}", "--steps=4"]) == 0
@@ -853,12 +976,140 @@ def test_signal_saves_and_says_how_to_go_on(files, tmp_path):
     assert steps == list(range(1, done + 2)), "no step is missing or there twice"
 
 
-def test_loss_that_is_not_finite_stops_the_run(files, tmp_path, capsys, monkeypatch):
-    """A NaN became the constant 0.1, and the model was gone before anyone looked."""
-    monkeypatch.setattr(magrpo, "policy_loss", lambda logp, *_: (logp * float("nan")).sum())
-    assert train.main(arguments(files, tmp_path / "run", lr=1e-2)) == 1
+def test_second_signal_insists(files, tmp_path):
+    """A second Ctrl-C was taken for an echo of the first, and the step took minutes."""
+    command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / "run", "--prompts=12", steps=100_000)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (tmp_path / "run" / "samples.jsonl").exists():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGINT)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode in (130, 143) and "Traceback" not in errors, errors
+
+
+DAMAGES = {
+    "agent_0.pt": flip,
+    "manifest.json": flip,
+    "SHA256SUMS": flip,
+    "SHA256SUMS of nothing": lambda path: path.parent.joinpath("SHA256SUMS").write_bytes(b""),
+    "agent_1.pt": Path.unlink,
+    "": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def short_run(files, tmp_path_factory):
+    """A run of two steps with a checkpoint of each."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    assert train.main(arguments(files, out, "--save-every=1")) == 0
+    return out
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES.items())
+def test_damaged_checkpoint_is_reported_and_set_aside(short_run, tmp_path, capsys, file, damage):
+    """Pruning counted the damaged checkpoint as the newest one and removed those that were whole."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    damage(out / "checkpoints" / "step_0000002" / file)
+    assert train.main([f"--resume={out}", "--steps=3", "--keep=1", "--save-every=1"]) == 0
+    assert "step_0000002 is damaged" in capsys.readouterr().err
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step_0000002.damaged", "step_0000003"}
+    assert [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line] == [1, 2, 3]
+    damage(
+        shutil.copytree(out / "checkpoints" / "step_0000003", tmp_path / "run" / "checkpoints" / "step_0000004") / file
+    )
+    shutil.rmtree(out / "checkpoints" / "step_0000003")
+    before = (out / "metrics.jsonl").read_bytes()
+    assert train.main([f"--resume={out}"]) == 2 and "no whole checkpoint" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
+    """The data file had grown since, and the second half of the run saw other items than the first."""
+
+    def refused(*flags):
+        assert train.main([f"--resume={out}", *flags]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    out = shutil.copytree(short_run, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    assert "--group was 3, not 4" in refused("--group=4")
+    assert "--out was" in refused(f"--out={tmp_path / 'other'}")
+    grown = tmp_path / "grown.jsonl"
+    grown.write_text(Path(files["posts"]).read_text() + "\n" + json.dumps({"prompt": "dog"}))
+    for change in ({"data": str(grown)}, {"model": files["gpt2"]}):
+        (out / "config.json").write_text(json.dumps(config | change))
+        assert "data, prompts or tokenizer have changed" in refused()
+    for text, message in {"[]": "config.json", '{"task": ': "config.json", '{"tusk": 1}': "tusk"}.items():
+        (out / "config.json").write_text(text)
+        assert message in refused()
+    (out / "config.json").unlink()
+    assert "no run there" in refused()
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+
+
+@pytest.mark.parametrize("fails", ["checkpoint", "log"])
+def test_full_disk_ends_the_run_with_one_line(short_run, files, tmp_path, capsys, fails):
+    """torch.save wrote "unexpected pos 704 vs 598" and fifty lines more, and a log ended in half a line."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    limit = (out / "metrics.jsonl").stat().st_size + 200 if fails == "log" else 20_000
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+        code = train.main([f"--resume={out}", "--steps=3"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(word in error for word in ("step 1", "agent 0", "item", "lengths", "mean reward"))
+    assert code == 1 and error.startswith("error: cannot write") and " MB are free" in error
+    assert (out / "metrics.jsonl").read_bytes().endswith(b"\n")
+    steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
+    assert steps == ([1, 2] if fails == "log" else [1, 2, 3])
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+    assert train.main([f"--resume={out}"]) == 0 and train.main(arguments(files, tmp_path / "calm", steps=3)) == 0
+    trained = [[line for line in numbers(run) if "reward" in line] for run in (out, tmp_path / "calm")]
+    assert trained[0] == trained[1] and len(trained[0]) == 3
+
+
+@pytest.mark.parametrize(("loss", "message"), {
+    lambda logp, *_: (logp * float("nan")).sum(): "the loss is nan",
+    lambda logp, *_: (logp - logp.detach()).square().sum().sqrt(): "gradient norm is nan",
+}.items())  # fmt: skip
+def test_what_is_not_finite_stops_the_run(short_run, tmp_path, capsys, monkeypatch, loss, message):
+    """A NaN became the constant 0.1, and the model was gone before anyone looked. The second loss is 0."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    monkeypatch.setattr(magrpo, "policy_loss", loss)
+    assert train.main([f"--resume={out}", "--steps=3", "--save-every=1"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in error for word in (message, "step 3", "agent 0", "item", "prompt", "lengths", "rewards"))
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+], ids=["cuda", "numpy", "cpu"])  # fmt: skip
+def test_out_of_memory_says_what_helps(files, tmp_path, capsys, monkeypatch, error):
+    """A page of traceback ended in a number of bytes."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(magrpo, "token_logprobs", fail)
+    assert train.main(arguments(files, tmp_path / "run")) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in line for word in ("memory", "--micro-batch", "--checkpointing", "--max-new-tokens"))
+
+
+def test_micro_batch_bounds_the_logits():
+    """Logits of a whole rollout existed at once: rows * tokens * vocabulary, the largest tensor there is."""
+    policies, sizes = build_policies(lr=1e-3), []
+    for policy in policies:
+        head = policy.model.get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, out: sizes.append(out.numel()) if out.requires_grad else None)
+    step(policies, micro_batch=2)
+    assert sizes and max(sizes) <= 2 * SAMPLING["max_new_tokens"] * V
 
 
 # ---------------------------------------------------------------- rewards

@@ -8,6 +8,7 @@ A run writes config.json, metrics.jsonl, samples.jsonl, curve.png and agent_0/, 
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,11 +22,15 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,6 +87,7 @@ class Config:
         choices=["together", "apart"],
     )
 
+    shard: bool = option(False, "processes", "split each agent's weights over its ranks with FSDP2, to save memory")
     micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
     checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
 
@@ -123,20 +129,24 @@ def parse_args(argv):
 
 
 # what may differ when a run goes on: it changes nothing that is computed, or only its rounding
-FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "micro_batch", "checkpointing"}
+FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "shard", "micro_batch", "checkpointing"}
 
 
 def resumed_config(given):
     """The options of the run in given["resume"], with those of `given` that do not change what it computes."""
     path = Path(given["resume"]) / "config.json"
-    if not path.exists():
-        raise UserError(f"--resume {given['resume']}: no run there ({path} is missing)")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in given.items() if name not in FREE and saved[name] != value]
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        config = Config(**saved | given)
+    except OSError as error:
+        raise UserError(f"--resume {given['resume']}: no run there, {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--resume {given['resume']}: {path} is not the config.json of a run: {error}") from error
+    changed = [name for name, value in given.items() if name not in FREE and saved.get(name) != value]
     if changed:
-        said = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}, not {given[name]}" for name in changed)
+        said = ", ".join(f"--{name.replace('_', '-')} was {saved.get(name)}, not {given[name]}" for name in changed)
         raise UserError(f"--resume {given['resume']} would not continue the same run: {said}")
-    return Config(**saved | given)
+    return config
 
 
 POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch eval_group show_every
@@ -157,6 +167,8 @@ def check_config(config):
         raise UserError(f"--minibatches {config.minibatches} needs as many items: --prompts is {config.prompts}")
     if config.weights == "shared" and "," in config.model:
         raise UserError("--weights shared means one model; --model names several")
+    if config.weights == "shared" and config.layout == "apart":
+        raise UserError("--weights shared means one model; --layout apart gives each agent its own")
     if config.log and not importlib.util.find_spec(config.log):
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
@@ -216,17 +228,18 @@ def load_agents(config, ranks=None, device="cpu"):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
     roles = [ranks.agents] if config.weights == "shared" else [[agent] for agent in ranks.agents]
     dtype = getattr(torch, fastest_dtype(device) if config.dtype == "auto" else config.dtype)
-    policies = []
+    policies, mesh = [], ranks.mesh(device) if config.shard else None
     for agents in roles:
-        model, tokenizer = load_model(names[agents[0] % len(names)], device)
+        # what is to be split need not fit the device: FSDP2 takes it there layer by layer
+        model, tokenizer = load_model(names[agents[0] % len(names)], "cpu" if mesh else device)
         lr = None if config.eval_only else config.lr
         frozen = copy.deepcopy(model).requires_grad_(False) if lr and config.kl else None
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; the policy has no dropout left
-        policies.append(Policy(model, tokenizer, agents, lr, dtype, warmup=config.warmup))
+        policies.append(Policy(model, tokenizer, agents, lr, dtype, warmup=config.warmup, mesh=mesh))
         if frozen:
-            policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype)
+            policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype, mesh=mesh)
     return policies
 
 
@@ -242,14 +255,62 @@ def check_prompts(config, task, policies):
 # ---------------------------------------------------------------- what a run writes
 
 
+class WriteError(Exception):
+    """The disk is full, or has gone; `main` prints it as one line."""
+
+
+@contextlib.contextmanager
+def writing(path, spoilt=None):
+    """What goes wrong while a file is written becomes a WriteError, also what torch.save and safetensors make of it.
+
+    spoilt: what is of no use then, and removed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if spoilt:
+            remove(spoilt)
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        raise WriteError(f"cannot write {path}, {free / 2**20:.0f} MB are free: {error}") from error
+
+
+def sync(path):
+    """Wait until a file, or the list of files of a folder, has reached the disk."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield the path of a file or folder to write; in place of the older one it is renamed when it is whole.
+
+    A kill or a full disk at any moment leaves the older one, and beside it at most what ends in .partial.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        try:
+            yield partial
+            for file in [*partial.glob("*"), partial]:
+                sync(file)
+            if path.is_dir():
+                shutil.rmtree(path)
+            partial.rename(path)
+            sync(path.parent)
+        finally:
+            remove(partial)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 class Log:
     """metrics.jsonl and samples.jsonl of a run, written by rank 0 alone, and the optional logger."""
 
     def __init__(self, folder, config, ranks):
         self.files = {name: folder / f"{name}.jsonl" for name in ("metrics", "samples")}
         self.silent, self.send = ranks.rank > 0, lambda values, step: None
-        if not config.resume:
-            self.cut(dict.fromkeys(self.files, 0))
         if config.log == "tensorboard" and not self.silent:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -270,18 +331,31 @@ class Log:
         self.append("samples", {"step": step} | episode)
 
     def append(self, name, record):
-        if not self.silent:
-            with open(self.files[name], "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """A whole line or nothing, in one write: a kill or a full disk leaves no half of it."""
+        path, line = self.files[name], (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        if self.silent:
+            return
+        with writing(path), open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(size)
+                raise
 
     def sizes(self):
-        return {name: path.stat().st_size if path.exists() else 0 for name, path in self.files.items()}
+        """Bytes of each file, all of which have reached the disk."""
+        files = {name: path for name, path in self.files.items() if path.exists()}
+        for path in files.values():
+            sync(path)
+        return {name: path.stat().st_size for name, path in files.items()}
 
     def cut(self, sizes):
         """Back to earlier sizes: what was logged after the checkpoint that a run continues from comes again."""
-        for name, size in sizes.items() if not self.silent else ():
-            with open(self.files[name], "ab") as file:
-                file.truncate(size)
+        for name, path in self.files.items() if not self.silent else ():
+            if path.exists():
+                os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
 
 
 def read_lines(path):
@@ -353,91 +427,155 @@ def print_table(columns, maxima):
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, step, keep, policies, before, log, ranks):
-    """Write folder/checkpoints/step_N beside the older ones and rename it when it is whole; prune the oldest.
+def fingerprint(task, policies, ranks):
+    """SHA-256 of what the options only name: all items, and how each agent's tokenizer reads the first prompt."""
+    first = task.prompts(task.train_items[0], [])
+    read = {agent: policy.tokenizer(first[agent])["input_ids"] for policy in policies for agent in policy.agents}
+    read = {agent: ids for part in ranks.exchange(read) for agent, ids in part.items()}
+    content = json.dumps([task.train_items, task.eval_items, read], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
-    A kill or a full disk at any moment leaves the earlier ones as they were.
-    """
-    final = folder / "checkpoints" / f"step_{step:07d}"
-    partial = final.with_suffix(".partial")
+
+def save_checkpoint(folder, step, keep, policies, notes, log, ranks):
+    """Write folder/checkpoints/step_N beside the older ones, rename it when it is whole, and prune the oldest."""
+    place = folder / "checkpoints" / f"step_{step:07d}"
+    partial = place.with_name(f"{place.name}.partial")
     if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        for old in place.parent.glob("*.partial"):
+            remove(old)
+        with writing(partial):
+            partial.mkdir(parents=True)
     ranks.barrier()
     for policy in policies:
-        state = policy.state()
+        state = policy.state(keep=ranks.replica == 0)
         if ranks.replica == 0:
-            torch.save(state, partial / f"agent_{policy.agents[0]}.pt")
+            path = partial / f"agent_{policy.agents[0]}.pt"
+            with writing(path, spoilt=partial):
+                torch.save(state, path)
     ranks.barrier()
     if ranks.rank == 0:
-        digests = {path.name: digest(path) for path in sorted(partial.glob("*.pt"))}
-        manifest = {"step": step, "digests": digests, "log": log.sizes(), "before": before}
-        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(final.parent.glob("step_???????"))[:-keep]:
+        with replacing(place):
+            manifest = json.dumps({"step": step, "log": log.sizes()} | notes)
+            (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+            (partial / SUMS).write_text(digests(partial), encoding="utf-8")
+        for old in sorted(place.parent.glob(CHECKPOINTS))[:-keep]:
             shutil.rmtree(old)
-    ranks.barrier()
 
 
-def digest(path):
-    """SHA-256 of a file, after it has reached the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+CHECKPOINTS, SUMS = "step_???????", "SHA256SUMS"
 
 
-def load_checkpoint(folder, policies, log, ranks):
-    """Restore the newest checkpoint that is whole. Returns its step and the evaluation before training."""
-    for path in sorted((folder / "checkpoints").glob("step_???????"), reverse=True):
+def digests(folder):
+    """What `sha256sum` prints for the files of a checkpoint."""
+    lines = []
+    for path in sorted(set(folder.iterdir()) - {folder / SUMS}):
+        with open(path, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
+
+
+def newest_checkpoint(folder):
+    """Path of the newest checkpoint that is whole; None where there is none at all. Damaged ones are set aside."""
+    damaged, paths = [], sorted((folder / "checkpoints").glob(CHECKPOINTS), reverse=True)
+    for path in paths:
         try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            damaged = [name for name, expected in manifest["digests"].items() if digest(path / name) != expected]
+            wrong = set(digests(path).splitlines()) ^ set((path / SUMS).read_text(encoding="utf-8").splitlines())
         except (OSError, ValueError) as error:
-            damaged = [str(error)]
-        if damaged:
-            print(f"checkpoint {path} is damaged ({', '.join(damaged)}); trying the one before it", file=sys.stderr)
-            continue
-        for policy in policies:
-            policy.load_state(torch.load(path / f"agent_{policy.agents[0]}.pt", map_location="cpu", weights_only=True))
-        log.cut(manifest["log"])
-        return manifest["step"], manifest["before"]
-    raise UserError(
-        f"--resume {folder}: no whole checkpoint in {folder / 'checkpoints'}; start again with another --out"
-    )
+            wrong = {f"  {error}"}
+        if not wrong:
+            for old in damaged:  # its place is needed: the run will come there again
+                remove(old.with_suffix(".damaged"))
+                old.rename(old.with_suffix(".damaged"))
+            return path
+        names = ", ".join(sorted({line.partition("  ")[2] for line in wrong}))
+        print(f"checkpoint {path} is damaged ({names}); trying the one before it", file=sys.stderr)
+        damaged.append(path)
+    if paths:
+        raise UserError(f"--resume {folder}: no whole checkpoint; start again with another --out")
+    return None
+
+
+def load_checkpoint(folder, policies, data, log, ranks):
+    """Restore the newest checkpoint that is whole -> its step and the evaluation before training; None if none is.
+
+    data: the `fingerprint` that it has to have.
+    """
+    path = ranks.first(newest_checkpoint(folder) if ranks.rank == 0 else None)
+    if path is None:
+        log.cut({})
+        return None
+    if ranks.rank == 0:
+        print(f"resuming {path}", flush=True)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["data"] != data:
+        raise UserError(f"--resume {folder} would not continue the same run: data, prompts or tokenizer have changed")
+    for policy in policies:
+        file = path / f"agent_{policy.agents[0]}.pt"
+        try:
+            policy.load_state(torch.load(file, map_location="cpu", weights_only=True))
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--resume {folder}: {file} does not fit this model: {reason}") from error
+    log.cut(manifest["log"])
+    return manifest["step"], manifest["before"]
 
 
 # ---------------------------------------------------------------- the run
 
 
 def start_ranks(config):
-    """Join the processes that torchrun started; one process needs nothing."""
+    """Join the processes that torchrun started; one process needs nothing. Texts and numbers cross through gloo."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return Ranks(config.layout, config.num_agents), device
 
 
-def run_folder(config, ranks):
-    """The folder of the run, with its options in config.json. An earlier run is never overwritten."""
+def job_store():
+    """Where the processes of one torchrun leave notes, also for those that it starts after a crash; None without it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore("magrpo", dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10)))
+
+
+def choose_folder(config):
+    """The folder of the run, and whether it goes on there. An earlier run is never overwritten.
+
+    Started again by torchrun with the same command line, the run finds its own folder through torchrun's store.
+    """
+    store = job_store()
     if config.resume:
-        return Path(config.resume)
-    names = itertools.chain([f"runs/{config.task}"], (f"runs/{config.task}-{n}" for n in itertools.count(2)))
-    folder = ranks.first(config.out or next(name for name in names if not Path(name).exists()))
-    taken = ranks.first((Path(folder) / "config.json").exists())
-    if taken:
-        raise UserError(f"{folder} holds a run already: choose another --out, or continue it with --resume")
-    if ranks.rank == 0:
-        options = dataclasses.asdict(dataclasses.replace(config, out=folder))
+        return config.resume, True
+    if store and store.check(["folder"]):
+        return store.get("folder").decode(), True
+    if (Path(config.out) / "config.json").exists() and config.out:
+        raise UserError(f"{config.out} holds a run already: choose another --out, or continue it with --resume")
+    for n in itertools.count(1):
+        folder = config.out or f"runs/{config.task}" + (f"-{n}" if n > 1 else "")
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / "config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+            Path(folder).mkdir(parents=True, exist_ok=bool(config.out))
         except OSError as error:
+            if isinstance(error, FileExistsError) and not config.out:
+                continue  # another run's
             raise UserError(f"cannot write to --out {folder}: {error}") from error
-    return Path(folder)
+        if store:
+            store.set("folder", folder)
+        return folder, False
+
+
+def run_folder(config, ranks):
+    """The folder of the run, and its options as they are now, which config.json holds."""
+    folder, again = ranks.first(choose_folder(config) if ranks.rank == 0 else None)
+    config = dataclasses.replace(config, out=folder, resume="")
+    if ranks.rank == 0:
+        with replacing(Path(folder) / "config.json") as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+    return Path(folder), dataclasses.replace(config, resume=folder if again else "")
 
 
 def print_header(config, task, policies, device, folder):
@@ -448,7 +586,7 @@ def print_header(config, task, policies, device, folder):
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
         "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s)",
         "model": f"{config.agents or config.model}, {type(model).__name__}, {parameters:.0f} M parameters each",
-        "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {str(model.dtype)[6:]}",
+        "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {config.dtype}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
         "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
         "writes": f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing",
@@ -459,40 +597,28 @@ def print_header(config, task, policies, device, folder):
 
 def train(config, task, policies, folder, ranks):
     """The loop: evaluation, steps, evaluation. Returns both evaluations as (metrics, episode), None if interrupted."""
-    log, interrupted = Log(folder, config, ranks), catch_signals()
-    if config.resume:
-        done, before = load_checkpoint(folder, policies, log, ranks)
-    else:
+    log, interrupted, after = Log(folder, config, ranks), catch_signals(), None
+    data = fingerprint(task, policies, ranks)
+    start = load_checkpoint(folder, policies, data, log, ranks) if config.resume else None
+    if not start:
         if ranks.rank == 0:
             print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
-        done, before = 0, evaluate_task(config, task, policies, ranks)
-        log.write(0, before[0], "eval/")
-    after, stop = None, False
-    bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, unit="step", disable=ranks.rank > 0)
-    for step in bar:
-        items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
-        try:
-            turns, metrics = train_step(policies, task, items, step=step, **step_options(config), ranks=ranks)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}") from error
-        log.write(step, metrics)
-        lengths = "/".join(f"{metrics[f'length/agent_{agent}']:.0f}" for agent in range(config.num_agents))
-        bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s")
-        if metrics["truncated"] == 1:
-            bar.write("warning: every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
-        if turns and ranks.rank == 0 and (step == 1 or step % config.show_every == 0):
-            episode = episode_of(task, turns[-1])
-            log.sample(step, episode)
-            bar.write(f"\n--- step {step}\n{show_episode(episode)}\n")
-        if step == config.steps or config.eval_every and step % config.eval_every == 0:
-            after = evaluate_task(config, task, policies, ranks)
-            log.write(step, after[0], "eval/")
-        stop = ranks.max(len(interrupted)) > 0
-        if stop or config.save_every and step % config.save_every == 0:
-            save_checkpoint(folder, step, config.keep, policies, before, log, ranks)
-        if stop:
-            break
-    bar.close()
+        start = 0, evaluate_task(config, task, policies, ranks)
+        log.write(0, start[1][0], "eval/")
+    (step, before), saved = start, start[0] if config.resume else None
+    keep = config.keep, policies, {"before": before, "data": data}, log, ranks
+    with tqdm(initial=step, total=config.steps, unit="step", disable=ranks.rank > 0) as bar:
+        while not (stop := ranks.any(interrupted)) and step < config.steps:
+            step += 1
+            one_step(config, task, policies, step, log, bar, ranks)
+            if step == config.steps or config.eval_every and step % config.eval_every == 0:
+                after = evaluate_task(config, task, policies, ranks)
+                log.write(step, after[0], "eval/")
+            if config.save_every and step % config.save_every == 0:
+                save_checkpoint(folder, step, *keep)
+                saved = step
+    if stop and saved != step:
+        save_checkpoint(folder, step, *keep)
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, usual)
     if stop:
@@ -500,13 +626,33 @@ def train(config, task, policies, folder, ranks):
     return before, after or evaluate_task(config, task, policies, ranks)  # resumed where nothing was left to train
 
 
+def one_step(config, task, policies, step, log, bar, ranks):
+    """Train on the items of a step, log it, and show an episode now and then."""
+    items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
+    try:
+        turns, metrics = train_step(policies, task, items, step=step, **step_options(config), ranks=ranks)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
+    log.write(step, metrics)
+    lengths = "/".join(f"{metrics[f'length/agent_{agent}']:.0f}" for agent in range(config.num_agents))
+    bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s")
+    bar.update()
+    if metrics["truncated"] == 1:
+        bar.write("warning: every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
+    if turns and ranks.rank == 0 and (step == 1 or step % config.show_every == 0):
+        episode = episode_of(task, turns[-1])
+        log.sample(step, episode)
+        bar.write(f"\n--- step {step}\n{show_episode(episode)}\n")
+
+
 def catch_signals():
-    """Ctrl-C and SIGTERM let the step finish: they fill the list that this returns. A later one exits at once."""
+    """Ctrl-C and SIGTERM let the step finish: they fill the list that this returns. A second one exits at once."""
     caught = []
+    # a scheduler signals all processes, and torchrun passes it on to those that it started: not a second wish
+    echo = 1.0 if job_store() else 0.0
 
     def handler(number, frame):
-        # torchrun passes on the signal that the terminal has sent to all processes already: not a second wish
-        if caught and time.monotonic() - caught[0] > 3:
+        if caught and time.monotonic() - caught[0] >= echo:
             sys.exit(128 + number)
         caught.append(time.monotonic())
 
@@ -546,10 +692,12 @@ def evaluate_task(config, task, policies, ranks):
 
 def run(config):
     ranks, device = start_ranks(config)
-    task = TASKS[config.task](config.num_agents, config.data, config.feedback)
-    policies = load_agents(config, ranks, device)
+    with ranks.local_first():  # it fetches and converts what is not there yet
+        task = TASKS[config.task](config.num_agents, config.data, config.feedback)
+        policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
-    folder = None if config.eval_only else run_folder(config, ranks)
+    config = dataclasses.replace(config, dtype=str(policies[0].dtype)[6:])  # another machine's auto may differ
+    folder, config = (None, config) if config.eval_only else run_folder(config, ranks)
     if ranks.rank == 0:
         print_header(config, task, policies, device, folder)
     if config.eval_only:
@@ -560,39 +708,63 @@ def run(config):
         return
     start = time.perf_counter()
     result = train(config, task, policies, folder, ranks)
+    weights = [policy.whole_weights(keep=ranks.replica == 0) for policy in policies if result]
+    ranks.close()  # in a process group, transformers would save nothing but rank 0's agents
     if result:
-        finish(task, policies, folder, *result, time.perf_counter() - start, ranks)
+        finish(task, policies, weights, folder, *result, time.perf_counter() - start, ranks)
     elif ranks.rank == 0:
         print(f"\ninterrupted and saved; continue with: train.py --resume {folder}")
 
 
-def finish(task, policies, folder, before, after, seconds, ranks):
+def finish(task, policies, weights, folder, before, after, seconds, ranks):
     """Save the agents, draw the curve, print the table."""
-    ranks.close()  # in a process group, transformers would save nothing but rank 0's agents
-    for policy in policies:
+    for policy, tensors in zip(policies, weights, strict=True):
         for agent in policy.agents if ranks.replica == 0 else ():
-            policy.save(folder / f"agent_{agent}")
+            with replacing(folder / f"agent_{agent}") as partial:
+                policy.save(partial, tensors)
     if ranks.rank == 0:
-        draw_curve(folder, task.maxima)
+        with writing(folder / "curve.png"):
+            draw_curve(folder, task.maxima)
         for heading, (_, episode) in {"before": before, "after": after}.items():
             print(f"\n--- a held-out item, {heading} training\n{show_episode(episode)}")
         print_table({"before": before[0], "after": after[0]}, task.maxima)
         print(f"\n{seconds / 60:.1f} minutes; everything is in {folder}/, the curve in {folder}/curve.png")
 
 
+def explain(error):
+    """Exit code and message for what needs no traceback; None for a mistake in the code."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, (FloatingPointError, WriteError)):
+        return 1, f"{error}; the run has stopped, and its last checkpoint is as it was"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return 1, "out of memory; what helps: --micro-batch 1, --checkpointing, a smaller --max-new-tokens"
+    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        time.sleep(2)  # torchrun blames the first process that ends, so let it see the one that did
+        return 1, f"another process has gone, torchrun names it below ({str(error).splitlines()[0]})"
+    return None
+
+
 def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    rank = f"rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         run(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}; training stopped, and the last checkpoint is as it was", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        store = job_store()
+        first = not store or store.add(f"failures/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        code, message = explain(error) or (None, None)
+        if not code:
+            error.add_note(rank and f"on {rank}")
+            raise
+        if first:  # the others stop because this one does
+            print(f"error: {rank and rank + ': '}{message}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # a traceback reaches the summary of torchrun, which names the rank
