@@ -656,7 +656,7 @@ class Block:
     weight: torch.Tensor  # (A * B, G) of every token of a completion
     minibatch: torch.Tensor  # (A * B,) the optimizer step that a group belongs to
     live: torch.Tensor  # (A * B,) False where the whole group has advantage 0
-    origin: list  # A * B tuples (agent, slot, item, rewards), for messages
+    origin: list  # A * B tuples (agent, slot, rewards), for messages
 
 
 def make_blocks(policy, turns, completions, advantages, num_items, minibatches, normalize, max_new_tokens, ranks):
@@ -674,7 +674,7 @@ def make_blocks(policy, turns, completions, advantages, num_items, minibatches, 
         places.append((minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots))))
         counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1)
         totals.index_put_(places[-1], counts.double(), accumulate=True)
-        nodes = list(zip(turn.slots, turn.items, turn.rewards.tolist(), strict=True))
+        nodes = list(zip(turn.slots, turn.rewards.tolist(), strict=True))
         origin = [(agent, *node) for agent in policy.agents for node in nodes]
         blocks.append(Block(completions[t], lengths, advantage, None, minibatch, live, origin))
     totals = ranks.sum(totals)
@@ -770,9 +770,9 @@ def describe(block, nodes):
     """Where a piece comes from, for an error message."""
     lines = []
     for node in nodes.tolist()[:8]:
-        agent, slot, item, rewards = block.origin[node]
+        agent, slot, rewards = block.origin[node]
         seen = f"lengths {block.lengths[node].tolist()}, rewards {[round(r, 3) for r in rewards[:16]]}"
-        lines.append(f"agent {agent}, item {slot} of the step ({str(item)[:60]} ...), {seen}")
+        lines.append(f"agent {agent}, item {slot} of the step, {seen}")
     return "; ".join(lines)
 
 

@@ -1082,7 +1082,7 @@ def test_what_is_not_finite_stops_the_run(short_run, tmp_path, capsys, monkeypat
     monkeypatch.setattr(magrpo, "policy_loss", loss)
     assert train.main([f"--resume={out}", "--steps=3", "--save-every=1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(word in error for word in (message, "step 3", "agent 0", "item", "prompt", "lengths", "rewards"))
+    assert all(word in error for word in (message, "step 3", "agent 0", "item", "lengths", "rewards"))
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
 
 

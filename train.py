@@ -600,12 +600,13 @@ def train(config, task, policies, folder, ranks):
     log, interrupted, after = Log(folder, config, ranks), catch_signals(), None
     data = fingerprint(task, policies, ranks)
     start = load_checkpoint(folder, policies, data, log, ranks) if config.resume else None
+    saved = start and start[0]
     if not start:
         if ranks.rank == 0:
             print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
         start = 0, evaluate_task(config, task, policies, ranks)
         log.write(0, start[1][0], "eval/")
-    (step, before), saved = start, start[0] if config.resume else None
+    step, before = start
     keep = config.keep, policies, {"before": before, "data": data}, log, ranks
     with tqdm(initial=step, total=config.steps, unit="step", disable=ranks.rank > 0) as bar:
         while not (stop := ranks.any(interrupted)) and step < config.steps:

@@ -1,6 +1,6 @@
 """Kill a run without warning at random moments, resume it each time, and compare it with one that was left alone.
 
-    python benchmarks/stress.py                       20 kills, about two minutes on 2 cores
+    python benchmarks/stress.py                       20 kills, a few minutes on 2 cores
     python benchmarks/stress.py --kills 100 --seed 7
 
 The model is made here, so nothing is fetched. Two kills in five wait for a checkpoint that is being written, one in
@@ -112,7 +112,9 @@ def same(run, calm):
         return [{name: value for name, value in line.items() if not name.endswith("_s")} for line in lines]
 
     agents = [f"agent_{agent}/model.safetensors" for agent in (0, 1)]
+    start = (calm.parent / "model" / "model.safetensors").read_bytes()
     return {
+        "weights_moved": all((calm / name).read_bytes() != start for name in agents),
         "weights_equal": all((run / name).read_bytes() == (calm / name).read_bytes() for name in agents),
         "metrics_equal": metrics(run) == metrics(calm),
         "samples_equal": (run / "samples.jsonl").read_bytes() == (calm / "samples.jsonl").read_bytes(),
@@ -129,7 +131,7 @@ def main():
     make_model(root / "model")
     steps = 10 * args.kills
     options = f"--model {root}/model --dtype float32 --steps {steps} --save-every 1 --eval-every 25 --show-every 1"
-    options = f"{options} --prompts 2 --minibatches 2 --group 3 --max-new-tokens 8".split()
+    options = f"{options} --prompts 2 --minibatches 2 --group 3 --max-new-tokens 12 --lr 1e-3".split()
     os.waitpid(start([*options, "--out", str(root / "calm")], root / "calm.log"), 0)
 
     run, log = root / "run", root / "run.log"

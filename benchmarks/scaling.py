@@ -1,0 +1,170 @@
+"""Memory by option, measured against predicted; bytes that ranks exchange; one process against two.
+
+    python benchmarks/scaling.py --memory      bytes per parameter, on small models with random weights, over gloo
+    python benchmarks/scaling.py --speed       seconds a step on 1 and 2 processes of one thread each
+    python benchmarks/scaling.py --paper       the arithmetic for 1, 8 and 64 GPUs
+
+Prints one JSON line per row. The assumptions of --paper are the constants below.
+"""
+
+import argparse
+import gc
+import json
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402 - the path above has to be set first
+from safetensors.torch import load_file  # noqa: E402
+from stress import make_model  # noqa: E402
+
+import magrpo  # noqa: E402
+import train  # noqa: E402
+
+PARAMETERS, AGENTS = 1.7e9, 2  # of each agent
+ITEMS, GROUP, PROMPT, COMPLETION, STEPS = 64, 8, 512, 256, 4  # of a step; optimizer steps per rollout
+FLOPS, READ = 0.4 * 990e12, 0.6 * 3.35e12  # of a GPU: bfloat16 FLOP/s and bytes/s of its memory that are reached
+NEAR, FAR = 300e9, 40e9  # bytes/s that a rank's collectives reach: within 8 GPUs of a machine, and between machines
+ROWS = 128  # up to so many rows, a decode step takes the time that reading the weights takes
+
+
+def bytes_per_parameter(dtype, agents=1, ranks=1):
+    """Bytes on a device that holds so many agents, for each parameter of one, split over so many ranks.
+
+    Weights, masters and Adam's two moments are kept: 4 + 8 in float32, 2 + 4 + 8 in bfloat16, 4 + 8 if sharded.
+    Gradients, 4, exist for one agent at a time: agents are updated one after the other.
+    """
+    kept = 12 if dtype == "float32" or ranks > 1 else 14
+    return (agents * kept + 4) / ranks
+
+
+def paper(world, layout):
+    """Seconds and bytes of a step on `world` GPUs; layout: together, apart, sharded (together) or sharded apart.
+
+    Rewards cost nothing, nothing overlaps, and a rank has one micro-batch for each optimizer step.
+    """
+    apart, sharded = "apart" in layout, "sharded" in layout
+    ranks, agents = (world // AGENTS, 1) if apart else (world, AGENTS)  # of an agent; on a rank
+    rows = ITEMS * GROUP / ranks * agents
+    tokens = rows * COMPLETION + rows / GROUP * PROMPT  # a prompt is computed once for its group
+    share = (ranks - 1) / ranks
+    per_agent = STEPS * 2 * share * 4 * PARAMETERS  # all-reduce of float32 gradients
+    if sharded:  # all-gather in bfloat16 for sampling, and before each forward and backward; reduce-scatter in float32
+        per_agent = share * PARAMETERS * (2 + STEPS * (2 + 2 + 4))
+    decode = agents * COMPLETION * 2 * PARAMETERS / READ * max(1, rows / agents / ROWS)
+    compute = decode + tokens * 2 * PARAMETERS * 4 / FLOPS  # prompt and forward 2 FLOP, backward 4, per parameter
+    exchange = agents * per_agent / (NEAR if ranks <= 8 else FAR)
+    memory = PARAMETERS * (bytes_per_parameter("bfloat16", agents, ranks if sharded else 1) + 2 * agents * sharded)
+    return {
+        "gpus": world,
+        "layout": layout,
+        "rows_per_agent_and_gpu": round(rows / agents),
+        "compute_s": round(compute, 1),
+        "exchange_s": round(exchange, 2),
+        "exchanged_gb_per_rank": round(agents * per_agent / 1e9, 1),
+        "gb_per_gpu_without_activations": round(memory / 1e9, 1),
+        "items_per_s": round(ITEMS / (compute + exchange), 2),
+    }
+
+
+def launch(count, arguments, prepare=None):
+    """Run train.py on `count` forked ranks of one thread each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if not children[-1]:
+            if count > 1:
+                where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            if prepare:
+                prepare(rank)
+            os._exit(train.main(arguments))
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(f"failed: {' '.join(arguments)}")
+
+
+def measure(path):
+    """Have the process write to a file, before each optimizer step, the bytes of its tensors that are like weights."""
+    step = magrpo.Policy.step
+
+    def measured(policy, max_grad_norm):
+        storages = {}
+        for tensor in [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]:
+            local = getattr(tensor, "_local_tensor", tensor)
+            for x in (local, getattr(local, "grad", None), getattr(tensor.grad, "_local_tensor", tensor.grad)):
+                if x is not None and x.is_floating_point() and x.dim() > 0:
+                    storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        path.write_text(str(sum(storages.values())))
+        return step(policy, max_grad_norm)
+
+    magrpo.Policy.step = measured
+
+
+def options(root, out, **more):
+    fixed = {"model": root / "model", "out": out, "prompts": 4, "minibatches": 2, "group": 4, "lr": 1e-3}
+    return [f"--{name}={value}" for name, value in (fixed | {"max-new-tokens": 12, "steps": 3} | more).items()]
+
+
+def memory(root):
+    make_model(root / "model")
+    tensors = load_file(root / "model" / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    del tensors
+    cases = {
+        "separate, float32": (1, "float32", [], 2),
+        "separate, bfloat16": (1, "bfloat16", [], 2),
+        "shared, float32": (1, "float32", ["--weights=shared"], 1),
+        "apart, float32": (2, "float32", ["--layout=apart"], 1),
+        "apart, bfloat16": (2, "bfloat16", ["--layout=apart"], 1),
+        "sharded over 2, float32": (2, "float32", ["--shard"], 2),
+        "sharded over 2, bfloat16": (2, "bfloat16", ["--shard"], 2),
+    }
+    for n, (name, (count, dtype, flags, agents)) in enumerate(cases.items()):
+        seen, ranks = root / f"bytes_{n}", 2 if "--shard" in flags else 1
+        arguments = [*options(root, root / str(n), dtype=dtype, kl=1e-6), *flags]  # with kl, no group is left out
+        launch(count, arguments, lambda rank, seen=seen: measure(seen) if rank == 0 else None)
+        copy = 4 / ranks if ranks > 1 or dtype == "float32" else 2  # frozen, for kl
+        row = {"option": name, "predicted": bytes_per_parameter(dtype, agents, ranks), "kl_copy": agents * copy}
+        print(json.dumps(row | {"measured_with_copy": round(int(seen.read_text()) / parameters, 1)}), flush=True)
+
+
+def speed(root):
+    make_model(root / "model")
+    for count, flags in ((1, []), (2, []), (2, ["--layout=apart"])):
+        out = root / f"{count}{len(flags)}"
+        more = {"dtype": "float32", "prompts": 8, "group": 8, "max-new-tokens": 48, "steps": 6}
+        launch(count, [*options(root, out, **more), *flags])
+        lines = [line for line in train.read_lines(out / "metrics.jsonl") if "update_s" in line][1:]
+        seconds = sorted(line["rollout_s"] + line["update_s"] for line in lines)[len(lines) // 2]
+        print(json.dumps({"processes": count, "flags": flags, "seconds_a_step": round(seconds, 2)}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("memory", "speed", "paper"):
+        parser.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            memory(Path(folder))
+        if args.speed:
+            speed(Path(folder))
+    for world in (1, 8, 64) if args.paper else ():
+        for layout in ("together", "apart", "sharded", "sharded apart"):
+            if world > 1 or layout == "together":
+                print(json.dumps(paper(world, layout)))
+
+
+if __name__ == "__main__":
+    main()
