@@ -405,6 +405,7 @@ class Turn:
     rewards: torch.Tensor  # (B, K) float64
     parts: list  # B x K dicts of the reward's parts
     completions: list  # one block for each policy, nodes of its agents one after the other: (A * B) * G rows
+    shortened: int = 0  # prompts of this rank's agents that lost their oldest turns
 
 
 def joint_actions(num_agents, group, mode):
@@ -449,10 +450,12 @@ def rollout(
         if not nodes:
             break
         items, slots, histories, branches, parent = map(list, zip(*nodes, strict=True))
-        completions, texts = [], {}
+        completions, texts, shortened = [], {}, 0
         for policy in policies:
             roles = [(agent, b) for agent in policy.agents for b in range(len(nodes))]
-            prompts = [fit_prompt(policy, task, agent, items[b], histories[b], max_new_tokens) for agent, b in roles]
+            fitted = [fit_prompt(policy, task, agent, items[b], histories[b], max_new_tokens) for agent, b in roles]
+            prompts = [ids for ids, _ in fitted]
+            shortened += sum(dropped > 0 for _, dropped in fitted)
             streams = [(seed, step, t, agent, slots[b], branches[b]) for agent, b in roles]
             completions.append(sample(policy, prompts, group, max_new_tokens, temperature, streams))
             answers = policy.decode(completions[-1])
@@ -462,18 +465,18 @@ def rollout(
         texts = [texts[agent] for agent in range(task.num_agents)]
         parts = joint_rewards(task, items, histories, texts, pairing, ranks)
         rewards = torch.tensor([[p["total"] for p in row] for row in parts], dtype=torch.float64)
-        parent = torch.tensor(parent)
-        table.append(Turn(items, slots, histories, branches, parent, pairing, texts, rewards, parts, completions))
+        cells = rewards, parts, completions, shortened
+        table.append(Turn(items, slots, histories, branches, torch.tensor(parent), pairing, texts, *cells))
         nodes = next_nodes(task, table[-1], stop_above)
     return table
 
 
 def fit_prompt(policy, task, agent, item, history, max_new_tokens):
-    """Token ids of an agent's prompt. One that outgrows the context loses its oldest turns, one after the other."""
+    """Token ids of an agent's prompt, and how many of its oldest turns it had to lose to fit into the context."""
     for start in range(len(history) + 1):
         ids = policy.encode(task.prompts(item, history[start:])[agent])
         if policy.context is None or len(ids) + max_new_tokens <= policy.context:
-            return ids
+            return ids, start
     raise UserError(
         f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of {policy.context}: "
         "shorten the item or lower --max-new-tokens"
@@ -626,7 +629,7 @@ def micro_batches(block, nodes, micro_batch):
     """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
     group = block.completions.group
     order = block.lengths[nodes].amax(1).argsort(descending=True, stable=True)
-    for part in nodes[order].split(max(micro_batch // group, 1)):
+    for part in nodes[order].split(max(micro_batch // group, 1)) if len(nodes) else ():  # [] splits into one []
         for start in range(0, group, micro_batch):
             yield part, slice(start, start + micro_batch)
 
@@ -783,6 +786,8 @@ def tally_rollout(tally, turns, policies, discount, seconds, ranks):
     for t, turn in enumerate(turns):
         tally.add(f"reward/turn_{t}", turn.rewards.sum().item(), turn.rewards.numel())
         tally.add(f"nodes/turn_{t}", len(turn.items) if ranks.peer == 0 else 0, 0)
+        tally.add("tree_length", len(set(turn.slots)), len(turn.items) if t == 0 else 0)
+        tally.add("shortened_prompts", turn.shortened, 0)
         continued = set(turns[t + 1].parent.tolist()) if t + 1 < len(turns) else set()
         for cell, parts in enumerate(itertools.chain.from_iterable(turn.parts)):
             for name, value in parts.items() if cell not in continued else ():

@@ -153,9 +153,9 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
 
     Returns "total" and its parts structure, syntax, tests, cooperation (a helper's result thrown away costs 0.5 of it,
     even below 0); "passed", the fraction of the tests; "detail": helpers and entry (defined with a return?), error (of
-    syntax, or None), uses (fraction of the helpers), wrapper, discards, and outcomes: [{"test", "outcome"}], an outcome
-    being passed, failed, time-out, died, not run, or the text of an exception. No answer makes it raise; RuntimeError
-    says that the sandbox itself does not start.
+    syntax, or None), errors (of each answer alone), uses (fraction of the helpers), wrapper, discards, and outcomes:
+    [{"test", "outcome"}], an outcome being passed, failed, time-out, died, not run, or the text of an exception. No
+    answer makes it raise; RuntimeError says that the sandbox itself does not start.
     """
     helpers, entry = [extract_code(text) for text in ([aux] if isinstance(aux, str) else aux)], extract_code(main)
     helpers = [] if all(text == entry for text in helpers) else helpers
@@ -326,7 +326,7 @@ class _Candidate:
             self.loaded = False
             return "time-out" if isinstance(error, KeyboardInterrupt) else "died"
         except Exception as error:
-            return f"{type(error).__name__}: {error}"[:200]
+            return f"{type(error).__name__}: {error}"[:200].encode(errors="replace").decode()  # no lone surrogates
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -507,13 +507,11 @@ def _guest(line, own_root: bool) -> None:
 
 def _facts(job: dict) -> dict:
     """What the syntax tree says of an answer: error, uses, wrapper, discards (see `code_reward`)."""
-    facts = {"error": None, "uses": 0.0, "wrapper": False, "discards": False}
-    try:
-        tree = ast.parse("\n\n".join(job["program"]))
-    except SyntaxError as error:
-        return {**facts, "error": f"line {error.lineno}: {error.msg}"}
-    except (ValueError, MemoryError, RecursionError) as error:
-        return {**facts, "error": f"{type(error).__name__}: {error}"[:200]}
+    whole, facts = "\n\n".join(job["program"]), {"uses": 0.0, "wrapper": False, "discards": False}
+    facts["error"], *facts["errors"] = map(_syntax_error, [whole, *job["program"]])
+    if facts["error"] is not None:
+        return facts
+    tree = ast.parse(whole)
     *helpers, _ = job["program"]
     begin = sum(text.count("\n") + 2 for text in helpers)  # lines of the program before the main answer
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.lineno > begin]
@@ -541,6 +539,16 @@ def _facts(job: dict) -> dict:
     facts["wrapper"] = len(used) == 1 and (same or len(body) == 1 and last in direct)
     facts["uses"] = len(used) / len(job["names"])
     return facts
+
+
+def _syntax_error(code: str):
+    """Where and why it does not parse, or None."""
+    try:
+        ast.parse(code)
+    except SyntaxError as error:
+        return f"line {error.lineno}, column {error.offset}: {error.msg}"
+    except (ValueError, MemoryError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 # ---- Plain data between judge and guest ------------------------------------------------------------------------------

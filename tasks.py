@@ -34,6 +34,7 @@ from magrpo import UserError
 from rewards import ARXIV_MAX, CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, tldr_reward
 
 DATA = Path(__file__).parent / "data"
+FEEDBACK = ("plain", "passed", "level_passed", "level")  # what agents read between turns
 
 
 # ---------------------------------------------------------------- data
@@ -101,11 +102,16 @@ class Task:
     held_out = 32  # the last items are for evaluation; of a small set at most a quarter
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     agents_allowed = range(1, 100)
+    feedback_allowed = ("plain", "level")
+    revise = "Improve it. Reply with the new answer only."  # the last words of all feedback
 
-    def __init__(self, num_agents=2, data=None, feedback="plain"):
+    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1):
         if num_agents not in self.agents_allowed:
             raise UserError(f"this task is for {' or '.join(map(str, self.agents_allowed))} agents, not {num_agents}")
+        if feedback not in self.feedback_allowed:
+            raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
         self.num_agents, self.feedback = num_agents, feedback
+        self.history, self.visible_tests = history, visible_tests
         items = self.load(data)
         if len(items) < 2:
             raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
@@ -126,22 +132,25 @@ class Task:
     def prompts(self, item, history):
         """The N prompts of a turn: that of the first, then each agent's own answers and what was said to them."""
         prompts = self.first_prompts(item)
-        for turn in history:
+        for turn in history if self.history == "full" else history[-1:]:
             for agent, text in enumerate(turn["texts"]):
                 prompts[agent] += f"\n\nYour previous answer:\n{text}\n\n{self.remark(item, turn, agent)}"
         return prompts
 
     def remark(self, item, turn, agent):
-        """What an agent reads about its last answer: only that it should revise it, or the reward's parts in words."""
+        """What an agent reads about its last answer. It follows from the turn alone, as all of the prompt does."""
         if self.feedback == "plain":
-            return "Revise your answer and improve it. Reply with the new answer only."
+            return self.revise
+        return f"{self.diagnosis(item, turn, agent)} {self.revise}"
+
+    def diagnosis(self, item, turn, agent):
+        """What was right and wrong about an agent's answer, in words: here, the parts of the reward."""
         parts = [
             f"{name} {value:.2f} of {self.maxima[name]:.2f}"
             for name, value in turn["reward"].items()
             if name in self.maxima
         ]
-        rating = ", ".join(parts)
-        return f"It was rated together with your partner's: {rating}. Improve it. Reply with the new answer only."
+        return f"It was rated{' together with the others' if self.num_agents > 1 else ''}: {', '.join(parts)}."
 
     def reward(self, item, history, texts):
         """The joint reward of N answers: {"total": float, and its parts}."""
@@ -228,6 +237,12 @@ class Coding(Task):
 
     fields = ("prompt", "entry_point", "test")
     maxima = CODE_MAX | {"pass@1": 1.0}
+    feedback_allowed = FEEDBACK
+    revise = "Write it again, and better. Write only code."
+
+    @property
+    def helpers(self):
+        return ["aux", *(f"aux{i}" for i in range(2, self.num_agents))]
 
     def load(self, data):
         """HumanEval with the paper's split, read from the package without importing it, or the items of --data."""
@@ -244,7 +259,10 @@ class Coding(Task):
         return items[33:163] + items[:32]
 
     def warning(self):
-        shared = [name for name, own in isolation().items() if not own]
+        try:
+            shared = [name for name, own in isolation().items() if not own]
+        except RuntimeError as error:
+            raise UserError(f"code cannot be judged here: {str(error).strip().splitlines()[-1]}") from error
         return f"model-written code is not isolated from this machine's {', '.join(shared)}" if shared else ""
 
     def first_prompts(self, item):
@@ -252,13 +270,42 @@ class Coding(Task):
         problem, entry = item["prompt"].strip(), item["entry_point"]
         found = re.search(rf"def {re.escape(entry)}\((.*)\)", problem)
         parameters = found[1] if found else "*args"
-        helpers = [f"aux{i}({parameters})" for i in ("", *range(2, self.num_agents))]
+        helpers = [f"{name}({parameters})" for name in self.helpers]
         roles = [("Write only a helper function for this, which returns a value.", helper) for helper in helpers]
         if self.num_agents == 1:
             roles = [("Write a helper function for this, and then this function, which may call it.", helpers[0])]
         else:
             roles.append((f"Write this function. It may call {', '.join(helpers)}.", f"{entry}({parameters})"))
         return [f"{problem}\n\n{role} Write only code. Start with:\ndef {start}:" for role, start in roles]
+
+    def diagnosis(self, item, turn, agent):
+        """Of a syntax error, an agent reads its own; of the tests, all read the visible ones and nothing else."""
+        detail, entry = turn["reward"]["detail"], item["entry_point"]
+        tests = detail["outcomes"][: self.visible_tests]
+        runs = detail["entry"] and detail["error"] is None
+        levels = {"structure": all(detail["helpers"]) and detail["entry"], "syntax": runs}
+        if self.visible_tests:
+            levels["tests"] = runs and all(test["outcome"] == "passed" for test in tests)
+        if self.feedback == "passed":
+            return "It passed." if all(levels.values()) else "It did not pass."
+        if self.feedback == "level_passed":
+            return ", ".join(f"{name} {'passed' if passed else 'failed'}" for name, passed in levels.items()) + "."
+        found = dict(zip(self.helpers, detail["helpers"], strict=False)) | {entry: detail["entry"]}
+        own = list(found) if self.num_agents == 1 else [[*self.helpers, entry][agent]]
+        said = [f"{name} is {'defined' if found.get(name) else 'not defined with a return'}." for name in own]
+        if not runs:
+            errors = detail.get("errors") or [detail["error"]]  # one, where all answers are the same
+            error = errors[min(agent, len(errors) - 1)]
+            return " ".join([*said, f"Syntax error in {error}." if error else "The tests could not run."])
+        for test in tests:
+            source = re.sub(r"\bcandidate\b", entry, test["test"])
+            said.append(f"{source}: {test['outcome']}.")
+        used = {0: "does not use", 1: "uses"}.get(detail["uses"], "does not use all of")
+        said.append(f"{entry} {used} {', '.join(self.helpers)}.")
+        if entry in own:
+            said += ["It only passes on what a helper returns."] * detail["wrapper"]
+            said += ["It throws away what a helper returns."] * detail["discards"]
+        return " ".join(said)
 
     def rewards(self, jobs):
         judged = judge_many([(texts[:-1], texts[-1], item) for item, _, texts in jobs])
@@ -270,14 +317,12 @@ class Coding(Task):
 
 def check_problem(item, where):
     """Refuse a problem that no answer could solve."""
-    if not item["entry_point"].isidentifier():
-        raise UserError(f"{where}: the entry_point {item['entry_point']!r} is not the name of a function")
     try:
-        nodes = ast.walk(ast.parse(item["test"]))
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: its test is not Python: {error}") from error
-    if not any(isinstance(node, ast.Assert) for node in nodes):
-        raise UserError(f"{where}: its test has no assert")
+        found = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(item["test"])))
+    except (SyntaxError, ValueError):
+        found = False
+    if not found or not item["entry_point"].isidentifier():
+        raise UserError(f"{where}: entry_point must name a function, and test must be Python with asserts")
 
 
 TASKS = {"writing": Writing, "arxiv": Arxiv, "coding": Coding}

@@ -632,6 +632,121 @@ def test_example_task_of_the_docstring_trains(monkeypatch):
     assert 0 < metrics["reward"] < 1 and metrics["grad_norm/agent_0"] > 0
 
 
+# ---------------------------------------------------------------- several turns
+
+
+class Repeat(tasks.Task):
+    """What a fork defines, and nothing else."""
+
+    default_data, fields, maxima = "posts.jsonl", ("prompt",), {"total": 1.0}
+
+    def first_prompts(self, item):
+        return [WORDS[30 + agent] for agent in range(self.num_agents)]
+
+    def reward(self, item, history, texts):
+        return {"total": 0.05 * len(set(" ".join(texts).split())), "words": 1.0}
+
+
+@pytest.mark.parametrize("feedback", ["plain", "level"])
+def test_a_task_of_five_definitions_has_turns(feedback):
+    """A fork's task lacked a method that the coding task had brought, and fell over in its second turn."""
+    turns, metrics = step(build_policies(lr=1e-3), Repeat(2, None, feedback), ITEMS[:2], {"turns": 2})
+    task, history = Repeat(2, None, feedback), turns[1].histories[0]
+    assert (metrics["nodes/turn_0"], metrics["nodes/turn_1"], metrics["tree_length"]) == (2, 8, 2)
+    assert 0 < metrics["reward/turn_1"] < 1 and metrics["shortened_prompts"] == 0
+    for agent, prompt in enumerate(task.prompts("dog", history)):
+        other = history[0]["texts"][1 - agent]
+        assert prompt.startswith(WORDS[30 + agent]) and history[0]["texts"][agent] in prompt and other not in prompt
+        assert ("total 0." in prompt) == (feedback == "level") and prompt.endswith(task.revise)
+
+
+def test_a_tree_is_as_long_as_its_longest_path():
+    """The length of the tree was the number of turns that were allowed; a turn without credit broke the update."""
+    task = Toy(script=[[[3] * 4, [3, 3, 3, 1]], [[3, 3, 3, 1]], [[3] * 4]])
+    _, metrics = step(build_policies(lr=1e-3), task, ITEMS[:2], {"turns": 5})
+    assert metrics["tree_length"] == (1 + 3) / 2 and metrics["nodes/turn_2"] == 1 and "nodes/turn_3" not in metrics
+
+
+def test_history_is_read_in_full_or_from_the_last_turn_only():
+    """With --history last the agents still paid for every turn's tokens."""
+    history = [{"texts": [f"text{t}0", f"text{t}1"], "reward": {"total": 0.5}} for t in range(3)]
+    for kind, turns in {"full": [0, 1, 2], "last": [2]}.items():
+        for agent, prompt in enumerate(Repeat(2, history=kind).prompts({}, history)):
+            assert re.findall(r"text\d\d", prompt) == [f"text{t}{agent}" for t in turns]
+
+
+def test_a_prompt_that_outgrows_the_context_loses_its_oldest_turns_and_is_counted():
+    """The third turn's prompt did not fit, and the run ended in an error of the position table."""
+
+    class Long(Toy):
+        def prompts(self, item, history):
+            return [f"{WORDS[30 + agent]} " + f"{WORDS[len(history)]} " * 200 * len(history) for agent in (0, 1)]
+
+    turns, metrics = step(build_policies(lr=1e-3), Long(), ITEMS[:1], {"turns": 4, "group": 2})
+    lengths = [turn.completions[0].attn.sum(1).max().item() for turn in turns]
+    assert lengths == [1, 201, 401, 401] and [turn.shortened for turn in turns] == [0, 0, 0, 16]
+    assert metrics["shortened_prompts"] == 16
+
+
+ASSERTS = [f"assert candidate({n}) == {n + 1}" for n in (7001, 7002, 7003)]
+HELPER, ENTRY = "def aux(x):\n    return x + 1", "def f(x):\n    y = aux(x)\n    return y + 0"
+REMARKS = {  # answers -> what the helper's agent and the entry point's read, and what they do not
+    (HELPER, ENTRY): (["aux is defined", "f(7001) == 7002: passed", "f uses aux"], ["f is defined", "f uses aux"]),
+    (HELPER, "def f(x):\n    return aux(x)"): (["f uses aux"], ["only passes on"]),
+    (HELPER, "def f(x):\n    aux(x)\n    return x + 1"): (["passed"], ["throws away"]),
+    (HELPER, "def f(x):\n    return x"): (["f(7001) == 7002: failed"], ["failed", "f does not use aux"]),
+    ("def aux(x):\n    x + 1", ENTRY): (["aux is not defined", "TypeError"], ["f is defined", "TypeError"]),
+    ("def aux(x):\n  return (x", ENTRY): (["Syntax error in line 2, column 10: '(' was never"], ["could not run"]),
+    (HELPER, "def f(x):\n  return x x"): (["tests could not run"], ["Syntax error in line 2, column 12: invalid"]),
+    (HELPER, "I do not know."): (["aux is defined", "could not run"], ["f is not defined"]),
+}
+
+
+@pytest.mark.parametrize(("texts", "expected"), REMARKS.items())
+def test_level_feedback_tells_each_agent_what_concerns_it(texts, expected):
+    """The helper's author was sent the syntax error of the other agent's code, with a line that its own had not."""
+    task, item = tasks.TASKS["coding"](2, feedback="level"), make_item(*ASSERTS)
+    history = [{"texts": list(texts), "reward": task.reward(item, [], list(texts))}]
+    for agent, prompt in enumerate(task.prompts(item, history)):
+        assert all(words in prompt for words in expected[agent]), prompt
+        assert texts[agent] in prompt and texts[1 - agent] not in prompt
+        assert ("Syntax error" in prompt) == ("Syntax error" in " ".join(expected[agent]))
+    for num_agents, answers in {1: ["\n".join(texts)], 3: [texts[0], *texts], 4: [texts[0]] * 4}.items():
+        task = tasks.TASKS["coding"](num_agents, feedback="level")
+        history = [{"texts": answers, "reward": task.reward(item, [], answers)}]
+        assert len(set(task.prompts(item, history))) == num_agents
+
+
+def test_hidden_tests_never_reach_a_prompt():
+    """An answer put what the hidden tests had asked into the text of an exception, and its author read it."""
+    spy = "SEEN = []\ndef f(x):\n    SEEN.append(x)\n    raise ValueError(f'{SEEN} {aux(x)} \\ud800')\n    return x"
+    for visible, shown in {0: [], 1: ["7001"], 2: ["7001", "7002"], 9: ["7001", "7002", "7003"]}.items():
+        for feedback in tasks.FEEDBACK:
+            task = tasks.TASKS["coding"](2, feedback=feedback, visible_tests=visible)
+            item, seen = make_item(*ASSERTS, prompt="def f(x):"), []
+            reward = task.reward(item, [], ["def aux(x):\n    return x", spy])
+            history = [{"texts": ["one", "two"], "reward": reward}]
+            seen.append(" ".join(task.prompts(item, history)))
+            read = set(re.findall(r"700\d", re.sub(r"== \d+", "", " ".join(seen))))
+            assert read == set(shown if feedback == "level" else []), (visible, feedback)
+            json.dumps(history, ensure_ascii=False).encode()  # samples.jsonl can be written
+
+
+def test_passed_and_level_passed_say_no_more():
+    """The first problem's tests were said to have passed where another level had not."""
+    item = make_item("assert candidate(1) == 2", "assert candidate(2) == 9")
+    for (aux, main), (passed, levels) in {
+        (HELPER, ENTRY): ("It passed.", "structure passed, syntax passed, tests passed."),
+        (HELPER, "def f(x):\n    return x"): ("It did not", "structure passed, syntax passed, tests failed."),
+        ("", ENTRY.replace("aux", "1 +")): ("It did not", "structure failed, syntax passed, tests passed."),
+        (HELPER, "def f(x)\n    return x"): ("It did not", "structure passed, syntax failed, tests failed."),
+    }.items():
+        for feedback, words in {"passed": passed, "level_passed": levels}.items():
+            task = tasks.TASKS["coding"](2, feedback=feedback)
+            history = [{"texts": [aux, main], "reward": task.reward(item, [], [aux, main])}]
+            assert all(words in prompt for prompt in task.prompts(item, history)), (words, task.prompts(item, history))
+
+
 # ---------------------------------------------------------------- train.py
 
 
@@ -653,6 +768,9 @@ def files(tmp_path_factory):
     lines |= {"no_json": [good[0], '{"prompt": "half', good[1]], "no_field": [*good[:2], other], "single": good[:1]}
     lines |= {"no_text": [*good[:2], blank], "no_object": ['["prompt"]'], "long": [long, *good]}
     packed = gzip.compress("\n".join(good).encode())
+    problem = {"prompt": "def f(x):", "entry_point": "f", "test": "assert f(1) == 2"}
+    lines["problems"] = [json.dumps(problem | {"prompt": text}) for text in texts]
+    lines["no_test"] = [json.dumps(problem | {"test": test}) for test in ("assert f(1)", "assert f(", "f(1)")]
     content = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
     content |= {"good.gz": packed, "plain.gz": b"no gzip", "cut.gz": packed[:-20], "bad.gz": packed[:10] + b"\xff" * 90}
     for name, data in content.items():
@@ -679,6 +797,7 @@ RUNS = [
     "--num-agents=1",
     "--turns=2 --joint=crossed --group=2 --feedback=level --discount=0.9 --eval-every=1",
     "--task=arxiv --data={abstracts} --stop-above=2",
+    "--task=coding --data={problems} --num-agents=3 --turns=2 --feedback=level --history=last --visible-tests=0",
     "--dtype=bfloat16 --kl=0.1 --clip-eps-high=0.3 --normalize=constant",
 ]
 
@@ -689,7 +808,8 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
     out, flags = tmp_path / "run", flags.format_map(files).split()
     assert train.main(arguments(files, out, *flags)) == 0
     after = {name: values[1] for name, values in table_of(capsys.readouterr().out).items()}
-    assert {"return %", "length %", "tokens of agent_0", "truncated %"} <= set(after)
+    part = "pass@1 %" if "--task=coding" in flags else "length %"
+    assert {"return %", part, "tokens of agent_0", "truncated %"} <= set(after)
     config = train.Config(**json.loads((out / "config.json").read_text()))
     assert config == train.parse_args(arguments(files, out, *flags)), "config.json round-trips"
 
@@ -738,9 +858,9 @@ def test_command_line_and_torchrun_run_the_same(files, tmp_path):
 
 FLAGS = "--tempature=1 --temp=1 --task=juggling --steps=many --group=1 --minibatches=3 --temperature=nan"
 MORE = "--seed=-1 --show-every=0 --eval-every=-1 --save-every=-1 --keep=-1 --clip-eps=-0.1 --clip-eps-high=-0.1 --kl=-1"
-POSITIVE = (
-    "turns num-agents prompts group max-new-tokens steps minibatches epochs micro-batch temperature lr max-grad-norm"
-)
+MORE += " --visible-tests=-1 --history=none --feedback=loud"
+POSITIVE = """turns num-agents prompts group max-new-tokens steps minibatches epochs micro-batch temperature lr
+    max-grad-norm"""
 BAD_INPUTS = {
     **{flag: flag.split("=")[0] for flag in f"{FLAGS} {MORE}".split()},
     **{f"--{name}={value}": f"--{name}" for name in POSITIVE.split() for value in (0, -1)},
@@ -757,6 +877,9 @@ BAD_INPUTS = {
     "--model={llama},{gpt2},{llama}": "3 models for 2 agents",
     "--model={llama},{gpt2} --weights=shared": "--weights shared",
     "--num-agents=3": "not 3",
+    "--task=coding": "the field entry_point",
+    "--task=coding --data={no_test}": "no_test.jsonl, item 2: entry_point must",
+    "--feedback=level_passed": "no feedback 'level_passed': choose plain, level",
     "--out={posts}": "posts.jsonl",
 }
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from magrpo import Policy, Ranks, UserError, evaluate, fit_prompt, train_step
-from tasks import TASKS
+from tasks import FEEDBACK, TASKS
 
 # ---------------------------------------------------------------- options
 
@@ -46,8 +46,10 @@ class Config:
     task: str = option("writing", "task", "what the agents do", choices=sorted(TASKS))
     data: str = option("", "task", "a .jsonl or .jsonl.gz file, or a Hub data set; default: what comes with the task")
     num_agents: int = option(2, "task", "agents; 1 is GRPO")
-    turns: int = option(1, "task", "turns: after each, the agents read feedback and revise")
-    feedback: str = option("plain", "task", "what they read between turns", choices=["plain", "level"])
+    turns: int = option(1, "turns", "turns: after each, the agents read feedback and revise")
+    feedback: str = option("plain", "turns", "what they read between turns", choices=list(FEEDBACK))
+    history: str = option("full", "turns", "of all turns so far, or of the last one", choices=["full", "last"])
+    visible_tests: int = option(1, "turns", "tests of a coding problem that feedback may show; it hides the others")
 
     model: str = option("smollm2", "model", "folder or Hub name, one or, separated by commas, one for each agent")
     weights: str = option("separate", "model", "a model for each agent, or one for all", choices=["separate", "shared"])
@@ -146,7 +148,7 @@ def check_config(config):
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in ("seed", "kl", "eval_every", "save_every"):
+    for name in ("seed", "kl", "eval_every", "save_every", "visible_tests"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
     if config.group < 2 and not config.eval_only:
@@ -444,7 +446,7 @@ def print_header(config, task, policies, device, folder):
     ranks = f", {os.environ['WORLD_SIZE']} processes, {config.layout}" if "WORLD_SIZE" in os.environ else ""
     rows = {
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
-        "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s)",
+        "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}",
         "model": f"{config.agents or config.model}, {type(model).__name__}, {parameters:.0f} M parameters each",
         "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {str(model.dtype)[6:]}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
@@ -545,7 +547,8 @@ def evaluate_task(config, task, policies, ranks):
 
 def run(config):
     ranks, device = start_ranks(config)
-    task = TASKS[config.task](config.num_agents, config.data, config.feedback)
+    options = config.feedback, config.history, config.visible_tests
+    task = TASKS[config.task](config.num_agents, config.data, *options)
     policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
     folder = None if config.eval_only else run_folder(config, ranks)
