@@ -397,7 +397,7 @@ class Turn:
 
     items: list  # B items
     slots: list  # B, the item's place in the step, the same however the step is split
-    histories: list  # B lists of one {"texts": N texts, "reward": dict} per earlier turn
+    histories: list  # B lists of one {"texts": N texts, "reward": dict} per earlier turn, with "advice" if guided
     branches: list  # B, which path of its tree a node is
     parent: torch.Tensor  # (B,) the cell b * K + k of the turn before that the node continues
     joint: torch.Tensor  # (K, N) which completion of each agent forms a joint action
@@ -435,12 +435,14 @@ def rollout(
     step=0,
     slots=None,
     stop_above=float("inf"),
+    guide=None,
     ranks=None,
 ):
     """Grow one tree per item, breadth first -> list of at most `turns` Turn tables.
 
     A joint action that the task calls done, and all joint actions of a node whose mean reward passes stop_above, are
-    not continued. Random numbers are a function of (seed, step, turn, agent, slot, branch) alone.
+    not continued. Random numbers are a function of (seed, step, turn, agent, slot, branch) alone. guide: called with
+    the (item, history) of all nodes that go on, returns what is stored as history[-1]["advice"] of each.
     """
     ranks, table = ranks or Ranks(), []
     pairing = joint_actions(task.num_agents, group, joint)
@@ -468,6 +470,8 @@ def rollout(
         cells = rewards, parts, completions, shortened
         table.append(Turn(items, slots, histories, branches, torch.tensor(parent), pairing, texts, *cells))
         nodes = next_nodes(task, table[-1], stop_above)
+        if guide and t + 1 < turns:
+            advise(guide, nodes, ranks)
     return table
 
 
@@ -508,6 +512,14 @@ def next_nodes(task, turn, stop_above):
             if not task.done(item, history):
                 nodes.append((item, turn.slots[b], history, turn.branches[b] * K + k, b * K + k))
     return nodes
+
+
+def advise(guide, nodes, ranks):
+    """Store the guide's advice in the nodes' histories. Of agents that live apart, only the first one's rank asks."""
+    paths = [(item, history) for item, _, history, _, _ in nodes]
+    advice = ranks.exchange(guide(paths) if ranks.peer == 0 else None)[0]
+    for (_, history), said in zip(paths, advice, strict=True):
+        history[-1]["advice"] = said
 
 
 # ---------------------------------------------------------------- credit
@@ -788,6 +800,10 @@ def tally_rollout(tally, turns, policies, discount, seconds, ranks):
         tally.add(f"nodes/turn_{t}", len(turn.items) if ranks.peer == 0 else 0, 0)
         tally.add("tree_length", len(set(turn.slots)), len(turn.items) if t == 0 else 0)
         tally.add("shortened_prompts", turn.shortened, 0)
+        advice = [history[-1]["advice"] for history in turn.histories if history and "advice" in history[-1]]
+        if advice and ranks.peer == 0:
+            tally.add("expert/asked", len(advice), 0)
+            tally.add("expert/failed", advice.count(None), 0)
         continued = set(turns[t + 1].parent.tolist()) if t + 1 < len(turns) else set()
         for cell, parts in enumerate(itertools.chain.from_iterable(turn.parts)):
             for name, value in parts.items() if cell not in continued else ():

@@ -1,7 +1,8 @@
 """Tasks: what the agents read, and what their joint answer is worth.
 
 A task is a pure function of an item (a dict of the data) and the history of one path through the tree (a list of
-{"texts": the N answers, "reward": the reward's parts}, empty in the first turn):
+{"texts": the N answers, "reward": the reward's parts}, empty in the first turn; where an expert was asked about that
+turn, "advice" has its N texts, or None if it failed):
 
     prompts(item, history) -> N texts      reward(item, history, texts) -> {"total": ..., and its parts}
     done(item, history) -> bool            train_items, eval_items
@@ -26,15 +27,21 @@ import ast
 import gzip
 import importlib.util
 import json
+import os
 import re
+import sys
+import threading
+import time
 import zlib
 from pathlib import Path
+
+from huggingface_hub import InferenceClient, constants
 
 from magrpo import UserError
 from rewards import ARXIV_MAX, CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, tldr_reward
 
 DATA = Path(__file__).parent / "data"
-FEEDBACK = ("plain", "passed", "level_passed", "level")  # what agents read between turns
+FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents read between turns
 
 
 # ---------------------------------------------------------------- data
@@ -102,16 +109,16 @@ class Task:
     held_out = 32  # the last items are for evaluation; of a small set at most a quarter
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     agents_allowed = range(1, 100)
-    feedback_allowed = ("plain", "level")
+    feedback_allowed = ("plain", "level", "expert")
     revise = "Improve it. Reply with the new answer only."  # the last words of all feedback
 
-    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1):
+    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1, expert=None):
         if num_agents not in self.agents_allowed:
             raise UserError(f"this task is for {' or '.join(map(str, self.agents_allowed))} agents, not {num_agents}")
         if feedback not in self.feedback_allowed:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
-        self.num_agents, self.feedback = num_agents, feedback
-        self.history, self.visible_tests = history, visible_tests
+        self.num_agents, self.feedback, self.history = num_agents, feedback, history
+        self.visible_tests, self.expert = visible_tests, expert
         items = self.load(data)
         if len(items) < 2:
             raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
@@ -139,8 +146,10 @@ class Task:
 
     def remark(self, item, turn, agent):
         """What an agent reads about its last answer. It follows from the turn alone, as all of the prompt does."""
-        if self.feedback == "plain":
+        if self.feedback == "plain" or self.feedback == "expert" and "advice" not in turn:
             return self.revise
+        if turn.get("advice"):
+            return f"An expert advises:\n{turn['advice'][agent]}\n\n{self.revise}"
         return f"{self.diagnosis(item, turn, agent)} {self.revise}"
 
     def diagnosis(self, item, turn, agent):
@@ -151,6 +160,19 @@ class Task:
             if name in self.maxima
         ]
         return f"It was rated{' together with the others' if self.num_agents > 1 else ''}: {', '.join(parts)}."
+
+    def advise(self, paths):
+        """The expert's advice on each (item, history): N texts, or None where it failed."""
+        questions = []
+        for item, history in paths:
+            roles = enumerate(zip(self.first_prompts(item), history[-1]["texts"], strict=True))
+            parts = [
+                f"Agent {agent + 1} was told:\n{prompt}\n\nIt answered:\n{text}\n\n"
+                f"A program says: {self.diagnosis(item, history[-1], agent)}"
+                for agent, (prompt, text) in roles
+            ]
+            questions.append("\n\n".join(parts))
+        return self.expert.advise(questions, self.num_agents)
 
     def reward(self, item, history, texts):
         """The joint reward of N answers: {"total": float, and its parts}."""
@@ -163,6 +185,74 @@ class Task:
     def done(self, item, history):
         """Whether the joint action that ends this history needs no further turn."""
         return history[-1]["reward"]["total"] >= self.maxima["total"]
+
+
+# ---------------------------------------------------------------- guided learning
+
+
+class Expert:
+    """Another language model that suggests edits to each agent, behind any OpenAI-compatible server.
+
+    Its key is read from the environment variable EXPERT_API_KEY, and is in no option, file or message.
+    """
+
+    tries, longest = 3, 2000  # of a request; characters of the advice to an agent
+
+    def __init__(self, url, model, timeout):
+        self.key = os.environ.get("EXPERT_API_KEY", "").strip()
+        self.model, self.timeout = model, timeout  # seconds that a turn waits; each try has a third of them
+        # with api_key None the client would send the user's own token of the Hub
+        self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
+
+    def advise(self, questions, num_agents):
+        """N texts for each question, or None where the expert fails, lies or is late. All are asked at once."""
+        replies = [(None, "no answer in time")] * len(questions)
+
+        def ask(i):
+            replies[i] = self.ask(questions[i], num_agents)
+
+        # not an executor, whose threads would be waited for, and a server can keep one for ever
+        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
+        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it is about the Hub
+        end = time.monotonic() + self.timeout
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(end - time.monotonic(), 0))
+        constants.HF_HUB_OFFLINE = offline
+        advice, reasons = [text for text, _ in replies], sorted({why for _, why in replies if why})
+        if reasons:
+            failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(reasons)}"
+            print(f"warning: the expert failed: {failed}", file=sys.stderr)
+        return advice
+
+    def ask(self, question, num_agents):
+        """(advice, None) or (None, the kind of the last failure): texts of errors can quote the key."""
+        form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
+        task = (
+            "Suggest to each agent a few short, concrete edits of its answer. The agents cannot see each other. Do not "
+            f"write the whole answer. Reply in this form:\n{form}"
+        )
+        for pause in range(self.tries):
+            time.sleep(pause)
+            try:
+                messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
+                reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
+                return self.read(reply.choices[0].message.content, num_agents), None
+            except Exception as error:  # of the network, of the server, of what it wrote
+                status = getattr(getattr(error, "response", None), "status_code", "")
+                reason = f"{type(error).__name__} {status}".strip()
+        return None, reason
+
+    def read(self, text, num_agents):
+        """The advice to each agent in a reply; ValueError if it is not in the form that was asked for."""
+        _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
+        found = dict(zip(parts[::2], parts[1::2], strict=True))
+        advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
+        echo = len(self.key) > 5 and self.key in text  # shorter ones are no secrets, such as "none"
+        if not all(advice) or echo:
+            raise ValueError("not the form that was asked for")
+        return advice
 
 
 # ---------------------------------------------------------------- writing

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -653,7 +655,7 @@ def test_a_task_of_five_definitions_has_turns(feedback):
     turns, metrics = step(build_policies(lr=1e-3), Repeat(2, None, feedback), ITEMS[:2], {"turns": 2})
     task, history = Repeat(2, None, feedback), turns[1].histories[0]
     assert (metrics["nodes/turn_0"], metrics["nodes/turn_1"], metrics["tree_length"]) == (2, 8, 2)
-    assert 0 < metrics["reward/turn_1"] < 1 and metrics["shortened_prompts"] == 0
+    assert 0 < metrics["reward/turn_1"] < 1 and metrics["shortened_prompts"] == 0 and "expert/asked" not in metrics
     for agent, prompt in enumerate(task.prompts("dog", history)):
         other = history[0]["texts"][1 - agent]
         assert prompt.startswith(WORDS[30 + agent]) and history[0]["texts"][agent] in prompt and other not in prompt
@@ -725,10 +727,14 @@ def test_hidden_tests_never_reach_a_prompt():
             task = tasks.TASKS["coding"](2, feedback=feedback, visible_tests=visible)
             item, seen = make_item(*ASSERTS, prompt="def f(x):"), []
             reward = task.reward(item, [], ["def aux(x):\n    return x", spy])
-            history = [{"texts": ["one", "two"], "reward": reward}]
-            seen.append(" ".join(task.prompts(item, history)))
+            for advice in [{}, {"advice": None}] if feedback == "expert" else [{}]:
+                history = [{"texts": ["one", "two"], "reward": reward} | advice]
+                seen.append(" ".join(task.prompts(item, history)))
+            if feedback == "expert":
+                task.expert = SimpleNamespace(advise=lambda questions, _, seen=seen: seen.extend(questions))
+                task.advise([(item, history)])
             read = set(re.findall(r"700\d", re.sub(r"== \d+", "", " ".join(seen))))
-            assert read == set(shown if feedback == "level" else []), (visible, feedback)
+            assert read == set(shown if feedback in ("level", "expert") else []), (visible, feedback)
             json.dumps(history, ensure_ascii=False).encode()  # samples.jsonl can be written
 
 
@@ -745,6 +751,139 @@ def test_passed_and_level_passed_say_no_more():
             task = tasks.TASKS["coding"](2, feedback=feedback)
             history = [{"texts": [aux, main], "reward": task.reward(item, [], [aux, main])}]
             assert all(words in prompt for prompt in task.prompts(item, history)), (words, task.prompts(item, history))
+
+
+# ---------------------------------------------------------------- guided learning
+
+KEY = "sk-very-secret-0123456789"
+ADVICE = "Agent 1: Use more words.\n\n**Agent 2:**\n- Use fewer words.\n- Say because."
+REPLIES = {  # model -> status, content
+    "good": (200, ADVICE),
+    "broken": (500, ADVICE),
+    "silent": (200, None),
+    "chatty": (200, "As a language model I agree with both."),
+    "one-sided": (200, "Agent 1: fine.\nAgent 2:\n"),
+    "echo": (200, f"{ADVICE} {KEY}"),
+    "refusing": (401, f"the key {KEY} is not known"),
+    "slow": (200, ADVICE),
+    "dripping": (200, ADVICE),
+    "odd": (200, ADVICE),
+}
+
+
+@pytest.fixture
+def expert_server(monkeypatch):
+    """A server at a free port of this machine: its URL, and what it was asked as (headers, body)."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, dict(self.headers), body))
+            status, content = REPLIES[body["model"].split("/")[0]]
+            if "second try" in body["model"] and [each["messages"] for *_, each in asked].count(body["messages"]) == 1:
+                status = 503
+            reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+            reply = b"<html>" if body["model"] == "odd" else reply
+            threading.Event().wait(3 if body["model"] == "slow" else 0)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            for i in range(len(reply)) if body["model"] == "dripping" else ():
+                self.wfile.write(reply[i : i + 1])
+                threading.Event().wait(0.2)
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+        def handle(self):
+            try:
+                super().handle()
+            except OSError:  # the client did not wait
+                pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("EXPERT_API_KEY", KEY)
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1)))
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("model", REPLIES)
+def test_an_expert_that_fails_costs_only_its_advice(expert_server, capsys, model):
+    """A gateway's HTML, an empty answer, a server that sent a byte a second: the run ended, or waited for ever."""
+    url, asked = expert_server
+    expert, start = tasks.Expert(url, model, 1.5), time.monotonic()
+    advice = expert.advise(["one", "two", "three"], 2)
+    printed = capsys.readouterr()
+    assert time.monotonic() - start < 8 and KEY not in printed.out + printed.err
+    if model == "good":
+        assert advice == [["Use more words.", "- Use fewer words.\n- Say because."]] * 3 and not printed.err
+        path, headers, body = asked[0]
+        assert path == "/v1/chat/completions" and headers["authorization"] == f"Bearer {KEY}" and len(asked) == 3
+        assert {body["messages"][-1]["content"] for _, _, body in asked} == {"one", "two", "three"}
+    else:
+        assert advice == [None] * 3 and "the expert failed: 3 of 3 requests" in printed.err
+        assert printed.err.count("\n") == 1
+
+
+def test_requests_go_out_together_and_are_tried_again(expert_server):
+    """A turn of thirty nodes waited thirty times; one busy moment of the server cost the advice."""
+    url, asked = expert_server
+    questions, start = [f"question {i}" for i in range(12)], time.monotonic()
+    assert None not in tasks.Expert(url, "good/second try", 60).advise(questions, 2) and len(asked) == 24
+    assert None not in tasks.Expert(url, "slow", 60).advise(questions, 2)
+    assert time.monotonic() - start < 30
+
+
+def test_without_a_key_the_hub_token_stays_here(expert_server, monkeypatch):
+    """The client library sent the user's own token of the Hub to whatever server was named."""
+    url, asked = expert_server
+    monkeypatch.delenv("EXPERT_API_KEY")
+    monkeypatch.setenv("HF_TOKEN", "hf_private")
+    assert tasks.Expert(url, "good", 5).advise(["?"], 2) != [None]
+    assert "hf_private" not in json.dumps(asked)
+
+
+def test_guided_learning_starts_at_its_step_and_leaks_no_key(files, expert_server, tmp_path, capsys, monkeypatch):
+    """The key was in config.json; the log did not say that half of the advice never came; resuming asked another."""
+    (url, asked), out = expert_server, tmp_path / "run"
+    flags = f"--turns=2 --feedback=expert --expert-url={url} --expert-model=good --guided-from=2 --show-every=1"
+    steps, real = [], train.train_step
+
+    def spy(*args, step, **options):
+        monkeypatch.setitem(REPLIES, "good", (200, "no" if step == 3 else ADVICE))
+        steps.append((step, len(asked)))
+        return real(*args, step=step, **options)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    monkeypatch.setattr(tasks.Expert, "tries", 1)
+    assert train.main(arguments(files, out, *flags.split(), steps=3, **{"save-every": 2})) == 0
+    lines = {line["step"]: line for line in train.read_lines(out / "metrics.jsonl") if "reward" in line}
+    before, first, second = (count for _, count in steps)
+    assert before == first < second, "the evaluation is guided, step 1 is not"
+    assert "expert/asked" not in lines[1] and lines[2]["expert/asked"] == lines[2]["nodes/turn_1"] == second - first
+    assert lines[2]["expert/failed"] == 0 and lines[3]["expert/failed"] == lines[3]["expert/asked"] > 0
+    prompts = {line["step"]: line["prompts"] for line in train.read_lines(out / "samples.jsonl")}
+    assert not any("expert" in prompt for prompt in prompts[1]) and "It was rated" in prompts[3][0]
+    assert "Use more words." in prompts[2][0] and "Say because." in prompts[2][1] and "fewer" not in prompts[2][0]
+    printed = capsys.readouterr()
+    assert KEY not in printed.out + printed.err and "the expert failed" in printed.err
+    assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert train.main([f"--resume={out}", "--steps=4", f"--expert-url={url}"]) == 0
+    assert train.read_lines(out / "metrics.jsonl")[-2]["expert/failed"] == 0
+
+
+def test_of_agents_that_live_apart_one_asks():
+    """Each agent's rank asked the expert, and they went on with different histories."""
+    nodes = [("dog", 0, [{"texts": ["a", "b"], "reward": {}}], 0, 0)]
+    ranks = SimpleNamespace(peer=1, exchange=lambda value: [[["for a", "for b"]], value])
+    magrpo.advise(lambda paths: pytest.fail("asked twice"), nodes, ranks)
+    assert nodes[0][2][0]["advice"] == ["for a", "for b"]
 
 
 # ---------------------------------------------------------------- train.py
@@ -858,9 +997,9 @@ def test_command_line_and_torchrun_run_the_same(files, tmp_path):
 
 FLAGS = "--tempature=1 --temp=1 --task=juggling --steps=many --group=1 --minibatches=3 --temperature=nan"
 MORE = "--seed=-1 --show-every=0 --eval-every=-1 --save-every=-1 --keep=-1 --clip-eps=-0.1 --clip-eps-high=-0.1 --kl=-1"
-MORE += " --visible-tests=-1 --history=none --feedback=loud"
+MORE += " --visible-tests=-1 --guided-from=-1 --history=none --feedback=loud"
 POSITIVE = """turns num-agents prompts group max-new-tokens steps minibatches epochs micro-batch temperature lr
-    max-grad-norm"""
+    max-grad-norm expert-timeout"""
 BAD_INPUTS = {
     **{flag: flag.split("=")[0] for flag in f"{FLAGS} {MORE}".split()},
     **{f"--{name}={value}": f"--{name}" for name in POSITIVE.split() for value in (0, -1)},
@@ -879,7 +1018,10 @@ BAD_INPUTS = {
     "--num-agents=3": "not 3",
     "--task=coding": "the field entry_point",
     "--task=coding --data={no_test}": "no_test.jsonl, item 2: entry_point must",
-    "--feedback=level_passed": "no feedback 'level_passed': choose plain, level",
+    "--feedback=level_passed": "no feedback 'level_passed': choose plain, level, expert",
+    "--feedback=expert": "--expert-url and --expert-model",
+    "--feedback=expert --expert-model=m": "--expert-url must be",
+    "--feedback=expert --expert-model=m --expert-url=http://me:secret@there/v1": "--expert-url must be",
     "--out={posts}": "posts.jsonl",
 }
 

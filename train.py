@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from magrpo import Policy, Ranks, UserError, evaluate, fit_prompt, train_step
-from tasks import FEEDBACK, TASKS
+from tasks import FEEDBACK, TASKS, Expert
 
 # ---------------------------------------------------------------- options
 
@@ -50,6 +51,10 @@ class Config:
     feedback: str = option("plain", "turns", "what they read between turns", choices=list(FEEDBACK))
     history: str = option("full", "turns", "of all turns so far, or of the last one", choices=["full", "last"])
     visible_tests: int = option(1, "turns", "tests of a coding problem that feedback may show; it hides the others")
+    expert_url: str = option("", "turns", "OpenAI-compatible server for --feedback expert; key: $EXPERT_API_KEY")
+    expert_model: str = option("", "turns", "name of the model there")
+    expert_timeout: float = option(120.0, "turns", "seconds that a turn waits for its advice, all tries included")
+    guided_from: int = option(1, "turns", "first step with the expert; before it, feedback is plain")
 
     model: str = option("smollm2", "model", "folder or Hub name, one or, separated by commas, one for each agent")
     weights: str = option("separate", "model", "a model for each agent, or one for all", choices=["separate", "shared"])
@@ -124,6 +129,7 @@ def parse_args(argv):
 
 # what may differ when a run goes on: it changes nothing that is computed, or only its rounding
 FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "micro_batch", "checkpointing"}
+FREE |= {"expert_url", "expert_timeout"}
 
 
 def resumed_config(given):
@@ -140,7 +146,7 @@ def resumed_config(given):
 
 
 POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch show_every keep
-    temperature lr max_grad_norm clip_eps clip_eps_high""".split()
+    temperature lr max_grad_norm clip_eps clip_eps_high expert_timeout""".split()
 
 
 def check_config(config):
@@ -148,7 +154,7 @@ def check_config(config):
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in ("seed", "kl", "eval_every", "save_every", "visible_tests"):
+    for name in ("seed", "kl", "eval_every", "save_every", "visible_tests", "guided_from"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
     if config.group < 2 and not config.eval_only:
@@ -157,6 +163,12 @@ def check_config(config):
         raise UserError(f"--minibatches {config.minibatches} needs as many items: --prompts is {config.prompts}")
     if config.weights == "shared" and "," in config.model:
         raise UserError("--weights shared means one model; --model names several")
+    if config.feedback == "expert" and not config.expert_model:
+        raise UserError("--feedback expert needs --expert-url and --expert-model")
+    if config.feedback == "expert" and not re.match(
+        r"https?://[^@\s]+$", config.expert_url
+    ):  # no name:password@ either
+        raise UserError(f"--expert-url must be http(s)://host/..., without a password, not {config.expert_url!r}")
     if config.log and not importlib.util.find_spec(config.log):
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
@@ -228,6 +240,15 @@ def load_agents(config, ranks=None, device="cpu"):
         if frozen:
             policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype)
     return policies
+
+
+def load_task(config):
+    """The task with its data and, for guided learning, its expert."""
+    expert = None
+    if config.feedback == "expert":
+        expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
+    options = config.feedback, config.history, config.visible_tests, expert
+    return TASKS[config.task](config.num_agents, config.data, *options)
 
 
 def check_prompts(config, task, policies):
@@ -474,7 +495,8 @@ def train(config, task, policies, folder, ranks):
     for step in bar:
         items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
         try:
-            turns, metrics = train_step(policies, task, items, step=step, **step_options(config), ranks=ranks)
+            options = step_options(config, task, step)
+            turns, metrics = train_step(policies, task, items, step=step, **options, ranks=ranks)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
         log.write(step, metrics)
@@ -517,18 +539,19 @@ def catch_signals():
     return caught
 
 
-def sampling_options(config):
-    """Keyword arguments of `rollout`."""
+def sampling_options(config, task, step=float("inf")):
+    """Keyword arguments of `rollout` in a training step, or by default in an evaluation, which is always guided."""
     names = ("group", "max_new_tokens", "temperature", "turns", "joint", "stop_above")
-    return {name: getattr(config, name) for name in names}
+    guide = task.advise if task.expert and step >= config.guided_from else None
+    return {name: getattr(config, name) for name in names} | {"guide": guide}
 
 
-def step_options(config):
+def step_options(config, task, step):
     """Keyword arguments of `train_step`."""
     names = ("minibatches", "normalize", "epochs", "micro_batch", "clip_eps", "clip_eps_high", "kl", "max_grad_norm")
     options = {name: getattr(config, name) for name in ("seed", "discount", "advantage")}
     fitting = {name: getattr(config, name) for name in names}
-    return options | {"sampling": sampling_options(config), "fitting": fitting}
+    return options | {"sampling": sampling_options(config, task, step), "fitting": fitting}
 
 
 def batch_of(items, seed, step, prompts):
@@ -540,15 +563,14 @@ def batch_of(items, seed, step, prompts):
 
 def evaluate_task(config, task, policies, ranks):
     """Metrics on the held-out items, and this rank's first of them as an episode."""
-    options = {"seed": config.seed, "discount": config.discount, "sampling": sampling_options(config)}
+    options = {"seed": config.seed, "discount": config.discount, "sampling": sampling_options(config, task)}
     chunks, metrics = evaluate(policies, task, task.eval_items, **options, ranks=ranks)
     return metrics, episode_of(task, chunks[0][-1]) if chunks else None
 
 
 def run(config):
     ranks, device = start_ranks(config)
-    options = config.feedback, config.history, config.visible_tests
-    task = TASKS[config.task](config.num_agents, config.data, *options)
+    task = load_task(config)
     policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
     folder = None if config.eval_only else run_folder(config, ranks)
