@@ -460,7 +460,7 @@ class Turn:
 
     items: list  # B items
     slots: list  # B, the item's place in the step, the same however the step is split
-    histories: list  # B lists of one {"texts": N texts, "reward": dict} per earlier turn
+    histories: list  # B lists of one {"texts": N texts, "reward": dict} per earlier turn, with "advice" if guided
     branches: list  # B, which path of its tree a node is
     parent: torch.Tensor  # (B,) the cell b * K + k of the turn before that the node continues
     joint: torch.Tensor  # (K, N) which completion of each agent forms a joint action
@@ -468,6 +468,7 @@ class Turn:
     rewards: torch.Tensor  # (B, K) float64
     parts: list  # B x K dicts of the reward's parts
     completions: list  # one block for each policy, nodes of its agents one after the other: (A * B) * G rows
+    shortened: int = 0  # prompts of this rank's agents that lost their oldest turns
 
 
 def joint_actions(num_agents, group, mode):
@@ -497,12 +498,14 @@ def rollout(
     step=0,
     slots=None,
     stop_above=float("inf"),
+    guide=None,
     ranks=None,
 ):
     """Grow one tree per item, breadth first -> list of at most `turns` Turn tables.
 
     A joint action that the task calls done, and all joint actions of a node whose mean reward passes stop_above, are
-    not continued. Random numbers are a function of (seed, step, turn, agent, slot, branch) alone.
+    not continued. Random numbers are a function of (seed, step, turn, agent, slot, branch) alone. guide: called with
+    the (item, history) of all nodes that go on, returns what is stored as history[-1]["advice"] of each.
     """
     ranks, table = ranks or Ranks(), []
     pairing = joint_actions(task.num_agents, group, joint)
@@ -512,10 +515,12 @@ def rollout(
         if not nodes:
             break
         items, slots, histories, branches, parent = map(list, zip(*nodes, strict=True))
-        completions, texts = [], {}
+        completions, texts, shortened = [], {}, 0
         for policy in policies:
             roles = [(agent, b) for agent in policy.agents for b in range(len(nodes))]
-            prompts = [fit_prompt(policy, task, agent, items[b], histories[b], max_new_tokens) for agent, b in roles]
+            fitted = [fit_prompt(policy, task, agent, items[b], histories[b], max_new_tokens) for agent, b in roles]
+            prompts = [ids for ids, _ in fitted]
+            shortened += sum(dropped > 0 for _, dropped in fitted)
             streams = [(seed, step, t, agent, slots[b], branches[b]) for agent, b in roles]
             completions.append(sample(policy, prompts, group, max_new_tokens, temperature, streams))
             answers = policy.decode(completions[-1])
@@ -525,18 +530,20 @@ def rollout(
         texts = [texts[agent] for agent in range(task.num_agents)]
         parts = joint_rewards(task, items, histories, texts, pairing, ranks)
         rewards = torch.tensor([[p["total"] for p in row] for row in parts], dtype=torch.float64)
-        parent = torch.tensor(parent)
-        table.append(Turn(items, slots, histories, branches, parent, pairing, texts, rewards, parts, completions))
+        cells = rewards, parts, completions, shortened
+        table.append(Turn(items, slots, histories, branches, torch.tensor(parent), pairing, texts, *cells))
         nodes = next_nodes(task, table[-1], stop_above)
+        if guide and t + 1 < turns:
+            advise(guide, nodes, ranks)
     return table
 
 
 def fit_prompt(policy, task, agent, item, history, max_new_tokens):
-    """Token ids of an agent's prompt. One that outgrows the context loses its oldest turns, one after the other."""
+    """Token ids of an agent's prompt, and how many of its oldest turns it had to lose to fit into the context."""
     for start in range(len(history) + 1):
         ids = policy.encode(task.prompts(item, history[start:])[agent])
         if policy.context is None or len(ids) + max_new_tokens <= policy.context:
-            return ids
+            return ids, start
     raise UserError(
         f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of {policy.context}: "
         "shorten the item or lower --max-new-tokens"
@@ -568,6 +575,14 @@ def next_nodes(task, turn, stop_above):
             if not task.done(item, history):
                 nodes.append((item, turn.slots[b], history, turn.branches[b] * K + k, b * K + k))
     return nodes
+
+
+def advise(guide, nodes, ranks):
+    """Store the guide's advice in the nodes' histories. Of agents that live apart, only the first one's rank asks."""
+    paths = [(item, history) for item, _, history, _, _ in nodes]
+    advice = ranks.exchange(guide(paths) if ranks.peer == 0 else None)[0]
+    for (_, history), said in zip(paths, advice, strict=True):
+        history[-1]["advice"] = said
 
 
 # ---------------------------------------------------------------- credit
@@ -878,6 +893,12 @@ def tally_rollout(tally, turns, policies, discount, seconds, ranks):
     for t, turn in enumerate(turns):
         tally.add(f"reward/turn_{t}", turn.rewards.sum().item(), turn.rewards.numel())
         tally.add(f"nodes/turn_{t}", len(turn.items) if ranks.peer == 0 else 0, 0)
+        tally.add("tree_length", len(set(turn.slots)), len(turn.items) if t == 0 else 0)
+        tally.add("shortened_prompts", turn.shortened, 0)
+        advice = [history[-1]["advice"] for history in turn.histories if history and "advice" in history[-1]]
+        if advice and ranks.peer == 0:
+            tally.add("expert/asked", len(advice), 0)
+            tally.add("expert/failed", advice.count(None), 0)
         continued = set(turns[t + 1].parent.tolist()) if t + 1 < len(turns) else set()
         for cell, parts in enumerate(itertools.chain.from_iterable(turn.parts)):
             for name, value in parts.items() if cell not in continued else ():

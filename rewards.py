@@ -143,9 +143,9 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
 
     Returns "total" and its parts structure, syntax, tests, cooperation (a helper's result thrown away costs 0.5 of it,
     even below 0); "passed", the fraction of the tests; "detail": helpers and entry (defined with a return?), error (of
-    syntax, or None), uses (fraction of the helpers), wrapper, discards, and outcomes: [{"test", "outcome"}], an outcome
-    being passed, failed, time-out, died, not run, or the text of an exception. No answer makes it raise; RuntimeError
-    says that the sandbox itself does not start.
+    syntax, or None; "errors" has one for each answer), uses (fraction of the helpers), wrapper, discards, and outcomes:
+    [{"test", "outcome"}], an outcome being passed, failed, time-out, died, not run, or the text of an exception. No
+    answer makes it raise; RuntimeError says that the sandbox itself does not start.
     """
     helpers, entry = [extract_code(text) for text in ([aux] if isinstance(aux, str) else aux)], extract_code(main)
     names = ["aux"] + [f"aux{i}" for i in range(2, len(helpers) + 1)]
@@ -495,14 +495,12 @@ def _guest(line) -> None:
 
 
 def _facts(job: dict) -> dict:
-    """What the syntax trees say of an answer: error, uses, wrapper, discards (see `code_reward`)."""
-    *helpers, _ = job["program"]
-    try:
-        for name, text in zip([*job["names"][: len(helpers)], job["entry_point"]], job["program"], strict=True):
-            tree = ast.parse(text, name)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        column = f", column {error.offset}" if isinstance(error, SyntaxError) else ""
-        return {"error": f"{error}{column}"[:200]}
+    """What the syntax trees say of an answer: error, errors, uses, wrapper, discards (see `code_reward`)."""
+    *helpers, main = job["program"]
+    errors = [_syntax_error(text) for text in job["program"]]
+    if any(errors):
+        return {"error": next(filter(None, errors)), "errors": errors}
+    tree = ast.parse(main)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     entry = [node for node in functions if node.name == job["entry_point"]][-1:]
     nodes = [node for function in entry for node in ast.walk(function)]
@@ -528,6 +526,16 @@ def _facts(job: dict) -> dict:
     same = len(body) == 2 and result and ast.unparse(result) in map(ast.unparse, targets.get(body[0], []))
     wrapper = len(used) == 1 and bool(same or len(body) == 1 and result in direct)
     return {"error": None, "uses": len(used) / len(job["names"]), "wrapper": wrapper, "discards": not all(kept)}
+
+
+def _syntax_error(code: str):
+    """Where and why it does not parse, or None."""
+    try:
+        ast.parse(code)
+    except SyntaxError as error:
+        return f"line {error.lineno}, column {error.offset}: {error.msg}"
+    except (ValueError, MemoryError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 # ---- Plain data between judge and guest ------------------------------------------------------------------------------

