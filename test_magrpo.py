@@ -980,7 +980,7 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
         assert AutoTokenizer.from_pretrained(end).get_vocab() == AutoTokenizer.from_pretrained(start).get_vocab()
         moved = (weights_of(loaded) - weights_of(first)).abs().max() > 5e-3  # more than rounding to bfloat16
         assert moved == any("clip_fraction" in line for line in trained), "it moved if any reward differed from others"
-        assert moved or config.task == "arxiv" or config.num_agents == 1, "where tiny answers get reward 0"
+        assert moved or config.task != "writing" or config.num_agents == 1, "where tiny answers get reward 0"
 
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert train.main(arguments(files, out, *flags)) == 2, "an earlier run is not overwritten"
