@@ -290,10 +290,11 @@ def writing(path, spoilt=None):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        reason = "the disk is full" if free < 2**20 else error  # torch.save says "unexpected pos 704 vs 598"
         if spoilt:
             remove(spoilt)
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        raise WriteError(f"cannot write {path}, {free / 2**20:.0f} MB are free: {error}") from error
+        raise WriteError(f"cannot write {path}: {reason}, {free / 2**20:.0f} MB are free") from error
 
 
 def sync(path):
