@@ -900,6 +900,13 @@ def test_of_agents_that_live_apart_one_asks():
     assert nodes[0][2][0]["advice"] == ["for a", "for b"]
 
 
+def test_readme_counts_the_lines_that_there_are():
+    """The README said how much there is to read, and the files had grown by half since."""
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    counts = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name, _ in rows}
+    assert len(rows) == 5 and dict(rows) == {name: str(count) for name, count in counts.items()}
+
+
 # ---------------------------------------------------------------- train.py
 
 
