@@ -710,6 +710,15 @@ def micro_batches(block, minibatch, flat_too, micro_batch):
             yield some, slice(start, start + micro_batch)
 
 
+def pieces_of(policy, blocks, minibatch, flat_too, micro_batch, ranks):
+    """All (block, nodes, slice of G) of a minibatch; of sharded weights, equally many on all ranks."""
+    pieces = [(block, *piece) for block in blocks for piece in micro_batches(block, minibatch, flat_too, micro_batch)]
+    if policy.mesh is not None:  # each pass fetches weights from the other ranks, so all have to make as many
+        missing = ranks.max(len(pieces)) - len(pieces)
+        pieces += [(idle_block(policy.device), torch.tensor([0]), slice(0, 1))] * missing
+    return pieces
+
+
 def idle_block(device):
     """One token of weight 0: what a rank computes along with the others when it has nothing left to do itself."""
     one = torch.ones(1, 1, device=device)
@@ -749,11 +758,7 @@ def update(
     for m in list(range(minibatches)) * epochs:
         if not live_groups[m] and not kl:
             continue
-        pieces = [(block, *p) for block in blocks for p in micro_batches(block, m, bool(kl), micro_batch)]
-        if policy.mesh is not None:  # each pass fetches weights from the other ranks, so all have to make as many
-            pieces += [(idle_block(policy.device), torch.tensor([0]), slice(0, 1))] * (
-                ranks.max(len(pieces)) - len(pieces)
-            )
+        pieces = pieces_of(policy, blocks, m, bool(kl), micro_batch, ranks)
         for block, nodes, members in pieces:
             piece = block.completions.select(nodes, members)
             advantage, weight = (

@@ -110,12 +110,17 @@ class Config:
     log: str = option("", "run", "also log to an installed package", choices=["", "tensorboard", "wandb"])
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without fifty of usage before it
+        raise UserError(f"{message}; --help lists the options")
+
+
 def parse_args(argv):
-    """Command line -> Config. Unknown flags and bad values end in argparse's message and exit code 2.
+    """Command line -> Config. Raises UserError for unknown flags and bad values.
 
     With --resume the options are those of the run; one that says otherwise, and would change the run, is refused.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     groups = {}
     for field in dataclasses.fields(Config):
         meta = dict(field.metadata)
@@ -181,7 +186,7 @@ def check_config(config):
     if config.feedback == "expert" and not config.expert_model:
         raise UserError("--feedback expert needs --expert-url and --expert-model")
     if config.feedback == "expert" and not re.match(r"https?://[^@\s]+$", config.expert_url):
-        raise UserError(f"--expert-url must be http(s)://host/..., without a password, not {config.expert_url!r}")
+        raise UserError("--expert-url must be http://host/... or https://host/..., without a password")
     if config.log and not importlib.util.find_spec(config.log):
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
@@ -258,9 +263,8 @@ def load_agents(config, ranks=None, device="cpu"):
 
 def load_task(config):
     """The task with its data and, for guided learning, its expert."""
-    expert = None
-    if config.feedback == "expert":
-        expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
+    server = config.expert_url, config.expert_model, config.expert_timeout
+    expert = Expert(*server) if config.feedback == "expert" else None
     options = config.feedback, config.history, config.visible_tests, expert
     return TASKS[config.task](config.num_agents, config.data, *options)
 
