@@ -246,6 +246,18 @@ def test_token_logprob_is_gather_of_log_policy(dtype, tolerance):
     assert gradients[0].dtype == dtype and close(*gradients, tolerance)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_token_of_each_row_gets_the_same_product(bias):
+    """The product in the other order gave transposed results, or forgot the bias."""
+    torch.manual_seed(0)
+    usual, x = torch.nn.Linear(8, 12, bias), torch.randn(5, 1, 8)
+    ours = copy.deepcopy(usual)
+    ours.__class__ = magrpo.Linear
+    assert close(ours(x), usual(x), 1e-6)
+    gradients = [torch.autograd.grad(module(x).square().sum(), module.weight)[0] for module in (ours, usual)]
+    assert close(*gradients, 1e-5)
+
+
 # ---------------------------------------------------------------- attention of a group
 
 
@@ -330,6 +342,14 @@ def test_inverse_cdf_never_draws_the_impossible():
         ids = magrpo.inverse_cdf(probs, torch.full((2000, 1), u))
         assert ids.max() < V and (probs.gather(1, ids) > 0).all()
     assert_drawn_from(probs[0], magrpo.inverse_cdf(probs[:1].expand(20_000, -1), torch.rand(20_000, 1))[:, 0])
+
+
+def test_a_prompt_is_read_once_and_without_padding():
+    """Prompts were repeated for each completion, or padded to the longest: most of an evaluation's time."""
+    policy, seen = build_policy(stop_ids=[]), []
+    policy.model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    sample(policy, PROMPTS, 4, 3, 1.0)
+    assert seen == [sum(map(len, PROMPTS)), *[4 * len(PROMPTS)] * 3]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -634,6 +654,21 @@ def test_coding_rewards_are_those_of_all_the_answers():
         assert reward["tests"] == reward["pass@1"] == 1.0 and task.done(item, [{"texts": texts, "reward": reward}])
         texts = [text.replace("+ 1", "+ 3 - x") for text in texts]
         assert (task.reward(item, [], texts)["tests"], task.reward(item, [], texts)["pass@1"]) == (0.5, 0.0)
+
+
+def test_one_agents_parts_are_parted_by_an_empty_line_and_earn_what_two_agents_do():
+    """The separator was a line that the default model never wrote: every reward was 0, and nothing was learned."""
+    first, second = (
+        "The post asks about a car. " * 3,
+        "However, the old car is slow, but my cat and a friend like it. " * 4,
+    )
+    single, pair = tasks.TASKS["writing"](1), tasks.TASKS["writing"](2)
+    earned = pair.reward({}, [], [first, second])
+    assert earned["total"] > 1
+    for between in ("\n\n", "\n \n\n"):
+        assert single.reward({}, [], [f"\n{first}{between}{second}\n"]) == earned
+    assert tasks.split_parts("one\ntwo\n\nthree\n\nfour") == ("one\ntwo", "three\n\nfour")
+    assert single.reward({}, [], [first + second])["total"] == 0
 
 
 def test_example_task_of_the_docstring_trains(monkeypatch):
