@@ -257,8 +257,6 @@ class Expert:
 
 # ---------------------------------------------------------------- writing
 
-SEPARATOR = "====="
-
 
 class TwoParts(Task):
     """Two texts that are rewarded together, by two agents or, as GRPO, by one that writes both."""
@@ -272,7 +270,7 @@ class TwoParts(Task):
         if self.num_agents == 2:
             return [f"{text}\n\n{part}" for part in self.parts]
         first, second = self.parts
-        both = f"Write two texts, with a line {SEPARATOR} between them.\nFirst: {first}\nSecond: {second}"
+        both = f"Write two paragraphs, with an empty line between them.\nFirst: {first}\nSecond: {second}"
         return [f"{text}\n\n{both}"]
 
     def reward(self, item, history, texts):
@@ -281,11 +279,12 @@ class TwoParts(Task):
 
 
 def split_parts(text):
-    """The two parts that a single agent wrote; the second is empty where the separator line is missing."""
-    lines = text.splitlines()
-    places = [n for n, line in enumerate(lines) if line.strip() == SEPARATOR]
-    middle = places[0] if places else len(lines)
-    return "\n".join(lines[:middle]), "\n".join(lines[middle + 1 :])
+    """The two parts that a single agent wrote; the second is empty where the line between them is missing.
+
+    That line is empty: a small model writes one now and then, a line such as ===== never.
+    """
+    first, *rest = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
+    return first, "".join(rest)
 
 
 class Writing(TwoParts):
