@@ -19,6 +19,7 @@ README.md lists the differences from the paper and from the reference code, with
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -80,7 +81,7 @@ class TokenLogProb(torch.autograd.Function):
 class Linear(torch.nn.Linear):
     """The same product, in the order that is faster for one token of each row: (W x^T)^T instead of x W^T.
 
-    In float32 on a CPU this takes a third off a decode step of 16 rows: the libraries pack W anew in every call.
+    In float32 on a CPU this takes a third off a decode step of 16 rows.
     """
 
     def forward(self, x):
@@ -255,8 +256,8 @@ class GroupCache:
     last token, which opens every suffix.
     """
 
-    def __init__(self, attn, max_suffix):
-        self.prompt_lengths, self.max_suffix, self.length = attn.sum(1).tolist(), max_suffix, 0
+    def __init__(self, attn, group, max_suffix):
+        self.prompt_lengths, self.group, self.max_suffix, self.length = attn.sum(1).tolist(), group, max_suffix, 0
         self.prompt_mask = attn & attn.roll(-1, 1)
         self.prompt_mask[:, -1] = False
         self.prompt, self.suffix = {}, {}
@@ -271,15 +272,16 @@ class GroupCache:
             buffer[:, :, self.length : end] = new
         return [buffer[:, :, :end] for buffer in self.suffix[layer]]
 
-    def suffix_mask(self, group):
+    @functools.cached_property
+    def suffix_mask(self):
         """Where each token of a whole suffix looks, (R, 1, C, P + C): at the prompt and at the suffix before it."""
-        C, before = self.max_suffix, self.prompt_mask.repeat_interleave(group, 0)
+        C, before = self.max_suffix, self.prompt_mask.repeat_interleave(self.group, 0)
         own = torch.ones(C, C, dtype=torch.bool, device=before.device).tril()
         return torch.cat([before[:, None].expand(-1, C, -1), own.expand(len(before), C, C)], 2)[:, None]
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, *, group_cache, group_phase, **kwargs):
-    """Attention of G completions that share a prompt, without repeating the prompt's keys and values.
+    """Attention of G completions that share a prompt, whose keys and values are computed once.
 
     query (rows, heads, T, D), key and value (rows, Hkv, T, D); returns (rows, T, heads, D), None. group_phase says what
     kind of call this is: "prompt" stores B prompts, which come in one row, one after the other, without padding;
@@ -320,13 +322,13 @@ def attend_all(query, key, value, cache, scale):
     prompt, suffix = zip(*(x.split([P, x.shape[2] - P], 2) for x in (query, key, value)), strict=True)
     out = attend_causally(*prompt, scale)
     query, *suffix = (x.unflatten(2, (-1, cache.max_suffix)).transpose(1, 2).flatten(0, 1) for x in suffix)
-    group, share = query.shape[0] // B, query.shape[1] // key.shape[1]
+    share = query.shape[1] // key.shape[1]
     # the prompt's keys are repeated here: they are small beside a layer's activations, and no scores are stored
     keys, values = (
-        torch.cat([x.repeat_interleave(group, 0), own], 2).repeat_interleave(share, 1)
+        torch.cat([x.repeat_interleave(cache.group, 0), own], 2).repeat_interleave(share, 1)
         for x, own in zip(prompt[1:], suffix, strict=True)
     )
-    own = F.scaled_dot_product_attention(query, keys, values, cache.suffix_mask(group), scale=scale)
+    own = F.scaled_dot_product_attention(query, keys, values, cache.suffix_mask, scale=scale)
     return torch.cat([out, own.transpose(1, 2).reshape(B, -1, *out.shape[2:])], 1)
 
 
@@ -440,7 +442,7 @@ def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
     draws = [np.random.default_rng(s).random((group, max_new_tokens), np.float32) for s in streams]
     uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C)
     prompt, attn = pad_prompts([policy.encode(p) for p in prompts], device)
-    cache, (token, position) = GroupCache(attn, max_new_tokens), first_column(prompt, attn, group)
+    cache, (token, position) = GroupCache(attn, group, max_new_tokens), first_column(prompt, attn, group)
     places = torch.arange(prompt.shape[1], device=device).expand_as(prompt)
     forward(model, prompt[attn][None], places[attn][None], cache, "prompt", logits_to_keep=1)
     stop_ids = torch.tensor(policy.stop_ids, device=device, dtype=torch.long)
@@ -472,10 +474,11 @@ def inverse_cdf(probs, u):
 def completion_logits(model, completions):
     """Logits of all completion tokens, (R, C, V), in one call: each row is a prompt and its G completions."""
     (R, C), group = completions.tokens.shape, completions.group
-    cache, (first, last) = GroupCache(completions.attn, C), first_column(completions.prompt, completions.attn, group)
-    (B, P), device = completions.prompt.shape, first.device
+    prompt, attn = completions.prompt, completions.attn
+    cache, (first, last) = GroupCache(attn, group, C), first_column(prompt, attn, group)
+    (B, P), device = prompt.shape, prompt.device
     suffix = torch.cat([first, completions.tokens[:, :-1]], 1).view(B, group * C)
-    tokens = torch.cat([completions.prompt, suffix], 1)  # (B, P + G * C)
+    tokens = torch.cat([prompt, suffix], 1)  # (B, P + G * C)
     positions = (last + torch.arange(C, device=device)).view(B, group * C)
     positions = torch.cat([torch.arange(P, device=device).expand(B, P), positions], 1)
     return forward(model, tokens, positions, cache, "score", logits_to_keep=group * C).view(R, C, -1)
