@@ -138,8 +138,9 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     `aux` is the answer that should define `aux`, or a list of answers for aux, aux2, aux3, …: structure and cooperation
     are then in proportion to the helpers defined and used. [] if one agent writes both functions, in `main`.
     `item`: `prompt`, `entry_point`, and `test` as in HumanEval, `check(candidate)` with asserts, or bare asserts that
-    call the entry point. An assert, or a loop of them, is a test, which passes if at least one of its asserts ran;
-    `assert True` is none. Arguments are copies: a test cannot see what a function did to them.
+    call the entry point. A test is an assert, a loop of them, or a call of the test's own function that holds them; it
+    passes if at least one of its asserts ran, and `assert True` is none. Arguments are copies: a test cannot see what a
+    function did to them.
 
     Returns "total" and its parts structure, syntax, tests, cooperation (a helper's result thrown away costs 0.5 of it,
     even below 0); "passed", the fraction of the tests; "detail": helpers and entry (defined with a return?), error (of
@@ -389,19 +390,28 @@ def _steps(test: str, space: dict) -> list[tuple]:
             statements += node.body
         elif not ast.unparse(node).startswith("check("):
             statements.append(node)
-    for node in statements:
-        source = ast.unparse(node)[:200]
-        inside = [] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ast.walk(node)
+    functions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
+    sources = [ast.unparse(node)[:200] for node in statements]
+    for each in (part for node in statements for part in ast.walk(node)):
+        if isinstance(each, ast.Assert) and not isinstance(each.test, ast.Constant):
+            each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
+    for node, source in zip(statements, sources, strict=True):
+        inside = [] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else list(ast.walk(node))
+        named = {each.id for each in inside if isinstance(each, ast.Name)} & set(functions)
+        inside += [each for name in named for each in ast.walk(functions[name])]
         asserts = [each for each in inside if isinstance(each, ast.Assert)]
         # Any answer passes `assert True`, and a loop over nothing; either would open the level that comes after.
         real = [each for each in asserts if not (isinstance(each.test, ast.Constant) and each.test.value)]
-        counted = [each for each in real if not isinstance(each.test, ast.Constant)]
-        for each in counted:
-            each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
-        nodes = [node, *ast.parse("assert _ran").body] if counted else [node]
+        must_run = not all(isinstance(each.test, ast.Constant) for each in real)
+        nodes = [node, *ast.parse("assert _ran").body] if must_run else [node]
         if real or not asserts:
             steps.append((ast.fix_missing_locations(ast.Module(nodes, [])), source if real else ""))
     return steps
+
+
+def list_tests(test: str) -> list[str]:
+    """The sources of the statements that `code_reward` counts as tests. Raises SyntaxError for what is not Python."""
+    return [source for _, source in _steps(test, {"candidate": None}) if source]
 
 
 # ---- The guest: the only process that parses and runs an answer ------------------------------------------------------

@@ -1648,6 +1648,17 @@ def test_bare_asserts_and_prompts_of_prose_work():
     assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return x + 1", called)) == ["passed"]
 
 
+def test_asserts_in_a_function_of_the_test_count_where_it_is_called():
+    """Else such a problem would have no test, and no answer could ever solve it."""
+    define = "def same(a, b):\n    if a is not None:\n        assert a == b"
+    item = make_item(define, "same(candidate(1), 2)", "for x in range(3):\n    same(candidate(x), x)")
+    assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return x + 1", item)) == ["passed", "failed"]
+    assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return None", item)) == ["failed", "failed"]
+    assert rewards.list_tests(item["test"])[0] == "same(candidate(1), 2)"
+    with pytest.raises(UserError, match="asserts"):
+        tasks.check_problem(make_item(define), "line 1")
+
+
 def test_values_cross_as_what_they_are():
     """An answer of every plain type, empty ones, huge ones, infinities; containers keep their kind."""
     values = [None, True, 0, -(10**4000), 1.5, -0.0, math.inf, 1j, "\ud800ü", b"\0a", [], (), {}, set(), frozenset({1})]

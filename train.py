@@ -87,16 +87,16 @@ class Config:
     kl: float = option(0.0, "update", "weight of the divergence from the initial policy; keeps a frozen copy")
     normalize: str = option("sequence", "update", "weight of a token", choices=["sequence", "token", "constant"])
     max_grad_norm: float = option(1.0, "update", "gradients are clipped to this norm")
+    micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
+    checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
+
     layout: str = option(
         "together",
         "processes",
         "each rank holds all agents, or each agent has its own ranks",
         choices=["together", "apart"],
     )
-
     shard: bool = option(False, "processes", "split each agent's weights over its ranks with FSDP2, to save memory")
-    micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
-    checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
 
     seed: int = option(0, "run", "of all random numbers")
     out: str = option("", "run", "folder of the run; default: runs/TASK, or the first of runs/TASK-2, ... that is free")
