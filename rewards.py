@@ -25,10 +25,12 @@ import builtins
 import contextlib
 import functools
 import json
+import keyword
 import os
 import re
 import signal
 import sys
+import textwrap
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
@@ -123,13 +125,27 @@ JOB_SECONDS = 15  # wall time of the judge, and CPU time of each process; tests 
 GUESTS = 3  # a time-out or a crash costs a guest; with the last one the tests end
 MEMORY = 768 << 20  # bytes of address space of each process
 USE_NAMESPACES = True  # False forces reduced isolation, for tests
-MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmath collections contextlib copy
-    dataclasses datetime decimal enum fractions functools hashlib heapq itertools json math numbers operator queue
-    random re statistics string struct textwrap time types typing unicodedata""".split()  # what an answer may import
+MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmath collections contextlib copy csv
+    dataclasses datetime decimal difflib enum fractions functools graphlib hashlib heapq html itertools json math
+    numbers operator pprint queue random re secrets statistics string struct textwrap time types typing unicodedata
+    warnings weakref zlib""".split()  # what an answer may import
 
-FENCE = re.compile(r"^[ \t]*```.*\n((?s:.*?))(?:^[ \t]*```|\Z)", re.MULTILINE)
-CODE_LINE = re.compile(r"def +\w|class +\w+ *[:(]|import +\w|from +[\w.]+ +import |@\w|[A-Za-z_]\w* *=")
-PROSE_LINE = re.compile(r"[A-Z]\w*[,:]? +[A-Za-z]|\*\*|[-*] |\d+[.)] |`")
+# What a line at the left edge can be: the start of code, its start before the first definition, or more of it.
+START = re.compile(
+    r"(async +)?def +\w|class +\w+ *[:(]|@\w|import +[\w.]+( +as +\w+)? *([,;#]|$)|from +[\w.]+ +import "
+)
+SETUP = re.compile(r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:")
+MORE = re.compile(
+    rf"""({"|".join(keyword.kwlist)}|match|case|print)\b  # a statement
+    | [\#@"')\]}}]  # a comment, a decorator, a string, the end of a bracket
+    | [^\W\d][\w.]*(\[.*\])?(\ *,\ *[\w.]+)*\ *([-+*/%&|^]|//|\*\*|<<|>>)?=  # an assignment
+    | [a-z_]\w*\ *:.*=  # one with a type
+    | [^\W\d][\w.]*\((.*[\])}}(,])?\s*(\#.*)?$  # a call
+    """,
+    re.VERBOSE,
+)
+INDENTED_FENCE = re.compile(r"^([ \t]+)(```|~~~)(?s:.*?)^\1\2", re.MULTILINE)
+LITERAL = re.compile(r"""("{3}|'{3})(?s:.*?)(\1|\Z)|"(\\.|[^"\\\n])*"|'(\\.|[^'\\\n])*'|#.*""")
 
 
 def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
@@ -183,25 +199,38 @@ def isolation() -> dict[str, bool]:
 
 
 def extract_code(text: str) -> str:
-    """The code of an answer: its Markdown fences that define a function, else its lines without the prose around."""
-    text = text[:MAX_ANSWER]
-    fenced = [code for code in FENCE.findall(text) if re.search(r"^[ \t]*def ", code, re.MULTILINE)]
-    if fenced:
-        return "\n\n".join(fenced)
-    lines = FENCE.sub("", text).split("\n")
-    start = next((i for i, line in enumerate(lines) if CODE_LINE.match(line)), len(lines))
-    first = next((i for i in range(start, len(lines)) if lines[i].startswith("def ")), start)
-    end = next((i for i in range(first, len(lines)) if PROSE_LINE.match(lines[i])), len(lines))
-    return "\n".join(lines[start:end])
+    """The code of an answer, without Markdown's fences and the prose around it.
+
+    A line at the left edge tells whether what follows is code. In a fence all of it is, from the first such line on;
+    after the first definition only imports and further definitions start again, as an example of use does not.
+    """
+    text = re.sub(r"\r\n?", "\n", text[:MAX_ANSWER].lstrip("\ufeff"))
+    text = INDENTED_FENCE.sub(lambda block: textwrap.dedent(block[0]), textwrap.dedent(text)).strip()
+    kept, code, fenced, quoted, defined = [], False, False, False, False
+    for line in text.split("\n"):
+        if line and line[0] not in " \t" and not quoted:
+            if line.startswith(("```", "~~~")):
+                code, fenced = False, not fenced
+            elif not code:
+                code = bool(START.match(line) or not defined and SETUP.match(line))
+            elif not fenced:
+                code = bool(MORE.match(line))
+        if code:
+            kept.append(line)
+            defined = defined or "def " in line
+            quoted ^= (line.count('"""') + line.count("'''")) % 2 == 1
+    return "\n".join(kept)
 
 
 def _defines(name: str, code: str) -> bool:
     """Level 1 reads text, so that a syntax error costs only level 2: `def name(`, and `return` before the next def."""
-    start = re.search(rf"^([ \t]*)def[ \t]+{re.escape(name)}[ \t]*\((?s:(.*))", code, re.MULTILINE)
-    if not start:
-        return False
-    following = rf"^[ \t]{{0,{len(start[1])}}}(?:async|def|class)\b"
-    return re.search(r"\breturn\b", re.split(following, start[2], maxsplit=1, flags=re.MULTILINE)[0]) is not None
+    code = LITERAL.sub("''", code)  # a docstring may speak of what the function returns
+    for start in re.finditer(rf"^([ \t]*)def[ \t]+{re.escape(name)}[ \t]*\(", code, re.MULTILINE):
+        following = rf"^[ \t]{{0,{len(start[1])}}}(?:async|def|class)\b"
+        body = re.split(following, code[start.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+        if re.search(r"\breturn\b", body):
+            return True
+    return False
 
 
 # ---- The trainer's end of the sandbox --------------------------------------------------------------------------------
@@ -268,45 +297,72 @@ class _Candidate:
     """What the tests call as the entry point: hands the call to the first of the guests that are left."""
 
     def __init__(self, guests: list):
-        self.guests = guests
+        self.guests, self.lost = guests, ""
 
     def __call__(self, *args, **kwargs):
         return self.ask(_encode((args, kwargs)))
 
     def ask(self, what):
         """One line there, one line back, under the alarm of `timed`. Whatever comes back, it is only a value."""
+        try:
+            return self.answer(what)
+        except KeyboardInterrupt:  # the alarm rang
+            self.lose("time-out")
+            raise
+
+    def answer(self, what):
+        """What the guest says; raises what it raises."""
+        if self.lost or not self.guests:
+            raise ConnectionError
         line, reply = self.guests[0][1], b""
-        line.sendall(json.dumps(what).encode() + b"\n")
-        while not reply.endswith(b"\n"):
-            part = line.recv(1 << 16)
-            reply += part
-            if not part or len(reply) > MAX_VALUE:
-                raise ConnectionError
+        try:
+            line.sendall(json.dumps(what).encode() + b"\n")
+            while not reply.endswith(b"\n"):
+                part = line.recv(1 << 16)
+                reply += part
+                if not part or len(reply) > MAX_VALUE:
+                    raise ConnectionError
+        except OSError:
+            self.lose("died")
+            raise
         name, value = json.loads(reply)
         if name == "value":
             return _decode(value)
-        error = getattr(builtins, str(name), None)
-        # A test may expect an exception. But StopIteration would end a loop of asserts before its first.
-        expected = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration)
-        raise (error if expected else RuntimeError)(str(value))
+        raise _exception(name, str(value))
+
+    def lose(self, how: str) -> None:
+        """End the guest. This decides the outcome: a test may catch what it raises, but not make it pass."""
+        self.lost = how
+        os.kill(self.guests.pop(0)[0], signal.SIGKILL)
 
     def timed(self, action, *args) -> str:
         """The outcome of an action within the time of a test; a time-out or a death costs the guest."""
+        self.lost, outcome = "", "passed"
         if not self.guests:
             return "not run"
         signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS)
         try:
             action(*args)
-            return "passed"
         except AssertionError:
-            return "failed"
-        except (KeyboardInterrupt, ConnectionError) as error:  # the alarm rang, the guest is gone
-            os.kill(self.guests.pop(0)[0], signal.SIGKILL)
-            return "time-out" if isinstance(error, KeyboardInterrupt) else "died"
+            outcome = "failed"
+        except KeyboardInterrupt:
+            outcome = "time-out"
         except Exception as error:
-            return f"{type(error).__name__}: {error}"[:200]
+            outcome = f"{type(error).__name__}: {error}"[:200]
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        return self.lost or outcome
+
+
+def _exception(names: list, text: str) -> Exception:
+    """What a test may expect: the first built-in among the classes of the guest's exception, from the most special."""
+    for name in names:
+        error = getattr(builtins, str(name), None)
+        # StopIteration would end a loop of asserts before its first
+        if isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration):
+            with contextlib.suppress(TypeError):  # some, of Unicode, want more than a text
+                return error(text)
+    return RuntimeError(text)
 
 
 def _judge(isolated: bool, root: bool, modules: list[str]) -> None:
@@ -314,7 +370,7 @@ def _judge(isolated: bool, root: bool, modules: list[str]) -> None:
     os.environ.clear()
     sys.set_int_max_str_digits(50_000)  # numbers cross in decimal; more digits would be slow, deep in C
     _linux("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    for name in modules:  # a guest will find no file to import from
+    for name in ["unicodedata", *modules]:  # a guest will find no file to import from, nor does the parser of names
         __import__(name)
     if isolated:
         folder = os.getcwd()
@@ -363,10 +419,13 @@ def _run_tests(job: dict, guests: list, tell) -> None:
 
     candidate.timed(exec, _preamble(job), space)
     loading = candidate.timed(candidate.ask, "load")
+    lost = ""
     for tree, source in steps:
         outcome = candidate.timed(run, tree) if loading == "passed" else loading
+        lost = lost or candidate.lost  # also in what a test prepares
         if source:
-            tell(outcome=outcome)
+            tell(outcome=lost or outcome)
+            lost = ""
 
 
 def _preamble(job: dict):
@@ -386,7 +445,7 @@ def _steps(test: str, space: dict) -> list[tuple]:
     statements, steps = [], []
     for node in ast.parse(test).body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
-            space[node.args.args[0].arg] = space["candidate"]
+            space[(node.args.posonlyargs + node.args.args)[0].arg] = space["candidate"]
             statements += node.body
         elif not ast.unparse(node).startswith("check("):
             statements.append(node)
@@ -397,8 +456,11 @@ def _steps(test: str, space: dict) -> list[tuple]:
             each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
     for node, source in zip(statements, sources, strict=True):
         inside = [] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else list(ast.walk(node))
-        named = {each.id for each in inside if isinstance(each, ast.Name)} & set(functions)
-        inside += [each for name in named for each in ast.walk(functions[name])]
+        reached = set()
+        for each in inside:  # which grows by the functions that are called, and those that they call
+            if isinstance(each, ast.Name) and each.id in set(functions) - reached:
+                reached.add(each.id)
+                inside += ast.walk(functions[each.id])
         asserts = [each for each in inside if isinstance(each, ast.Assert)]
         # Any answer passes `assert True`, and a loop over nothing; either would open the level that comes after.
         real = [each for each in asserts if not (isinstance(each.test, ast.Constant) and each.test.value)]
@@ -489,7 +551,8 @@ def _guest(line) -> None:
             if request == "look":
                 value = _facts(job)
             elif not loaded:
-                space = {"__name__": "answer"}
+                module = sys.modules["answer"] = type(sys)("answer")  # dataclasses look there
+                space = module.__dict__
                 for code in (_preamble(job), *job["program"]):
                     exec(code, space)
                 value = loaded = True
@@ -500,7 +563,7 @@ def _guest(line) -> None:
             if len(reply) >= MAX_VALUE:
                 raise ValueError("the value is too large")
         except BaseException as error:
-            reply = json.dumps([type(error).__name__, str(error)[:200]])
+            reply = json.dumps([[kind.__name__ for kind in type(error).__mro__], str(error)[:200]])
         line.sendall(reply.encode() + b"\n")
 
 
@@ -518,7 +581,9 @@ def _facts(job: dict) -> dict:
     own = [node for node in ast.walk(tree) if not isinstance(node, ast.keyword) and (helpers or node not in functions)]
     taken = {node.id for node in own if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     taken |= {getattr(node, field, None) for node in own for field in ("name", "asname", "arg", "rest")}
-    known = set(job["names"]) - taken
+    everything = [node for text in job["program"] for node in ast.walk(ast.parse(text))]
+    given = [node for node in everything if not isinstance(getattr(node, "ctx", None), ast.Load)]
+    known = {getattr(node, "name", getattr(node, "id", None)) for node in given} & set(job["names"]) - taken
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     direct = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in known]
     handed = [place for call in calls for place in (call.func, *call.args, *(word.value for word in call.keywords))]

@@ -1603,14 +1603,86 @@ def test_one_agent_may_write_both_functions():
     assert rewards.code_reward(text, text, ITEM)["total"] == 2.5
 
 
+PURE = "def f(x):\n    return x + 1"
+FENCED = f"```python\n{PURE}\n```"
+AROUND = [  # answers with the same code in them
+    'Sure!\n\nFIX = """\nAdd more.\n"""\nimport math\n\ndef f(x):\n    return x + 1\n\nThis adds one.\n- fast',
+    f"A:\n{FENCED}\n```sh\nls\n```",
+    f"```\n{PURE}",
+    f"~~~py\n{PURE}\n~~~\nDone",
+    f"{PURE}\n```\n\nExample:\n```python\nprint(f(1))\n```",
+    f"{PURE}\n\nYou can test it:\n```python\ndef test_f():\n    assert f(1) == 2\n```",
+    f"Use math.\n```python\nimport math\nONE = math.ceil(1)\n```\nThen:\n{FENCED.replace('+ 1', '+ ONE')}",
+    f"A stub:\n```python\ndef f(x):\n    pass\n```\nand now\n{FENCED}",
+    "1. Add:\n\n   ```python\n   def f(x):\n       return x + 1\n   ```\n2. Done",
+    FENCED.replace("\n", "\r\n"),
+    f" {PURE}",
+    f"\ufeff{PURE}",
+    f"import statements are not needed.\n{PURE}",
+    f"try:\n    import numpy\nexcept ImportError:\n    numpy = None\nA, B = 1, 2\n{PURE}",
+    'def f(x):\n    """\nReturn the next number.\n    """\n    größe = x\n    return größe + 1',
+    f"{PURE}\n\nTABLE = {{\n    1: 2,\n}}\nTABLE[2] = f(2)\nprint(f(3))\nif __name__ == '__main__':\n    f(1)",
+    *(
+        f"{PURE}\n\n{prose}"
+        for prose in (
+            *"Explanation:|Example 1:|Here's how: add.|That's it!|Done.|O(n) time.|(Adds one.)|---|>>> f(1)".split("|"),
+            *"</code>|this adds one.|f(x) returns it.|Note: y = 3|Übrigens ist das gut.|**Why** it works".split("|"),
+            "### Why\nBecause it adds.",
+            "1. Add\n  - one\n2. Return",
+            "Use it:\nresult = f(int(input()))",
+        )
+    ),
+]
+
+
 def test_prose_and_fences_are_taken_off():
     """Chat models explain; a sentence after the code is no syntax error, a broken line of code is one."""
-    code = 'FIX = """\nAdd more.\n"""\nimport math\n\ndef f(x):\n    return x + 1'
-    fenced = f"A:\n```py\n{code}\n```\n```sh\nls\n```"
-    for text in (code, f"Sure!\n\n{code}\n\nThis adds one.\n- fast", fenced, f"```\n{code}"):
-        assert rewards.code_reward(AUX, text, ITEM)["total"] == 2.5, text
+    for text, result in zip(AROUND, rewards.judge_many([(AUX, text, ITEM) for text in AROUND]), strict=True):
+        assert result["total"] == 2.5, text
     broken = rewards.code_reward(AUX, "def f(x):\n    return (x + 1", ITEM)
     assert broken["total"] == 1.0 and broken["detail"]["error"] == "line 2, column 12: '(' was never closed"
+    for text in (FENCED.replace("\n```", "\nfoo bar\n```"), PURE.replace("    ", "")):
+        assert rewards.code_reward(AUX, text, ITEM)["total"] == 1.0, text
+
+
+def test_a_docstring_or_comment_that_says_return_returns_nothing():
+    """Copying the problem would earn the structure part: docstrings of many problems say what is returned."""
+    for body in ('"""Return x."""\n    pass', "# return x\n    print('return')", '"""Return'):
+        assert rewards.code_reward(AUX, f"def f(x):\n    {body}", ITEM)["total"] == 0.4, body
+    hashes = "def f(x):\n    if x == '#': return 6\n    return x + 1"
+    assert rewards.code_reward(AUX, hashes, ITEM)["structure"] == 1.0
+
+
+def test_a_helper_that_nobody_wrote_is_not_used():
+    """A call that is never reached would pass, and be paid as cooperation."""
+    main = "def f(x):\n    if x > 100:\n        return aux(x)\n    return x + 1"
+    assert rewards.code_reward("no", main, ITEM)["cooperation"] == 0.0
+    assert rewards.code_reward("aux = lambda x: x", main, ITEM)["cooperation"] == 1.5
+
+
+def test_a_test_that_catches_everything_does_not_pass_a_lost_guest():
+    """`except:` hears the alarm, too. And the next test is judged by itself: no late reply is taken for its own."""
+    prepare = "for x in (0, 0):\n    try:\n        candidate(x)\n        ok = False\n    except:\n        ok = True"
+    item = make_item(prepare, "assert ok", "assert candidate(1) == 2")
+    for body, outcome in (("while x == 0: pass", "time-out"), ("if x == 0: import os; os._exit(0)", "died")):
+        result = rewards.code_reward(AUX, f"def f(x):\n    {body}\n    return x + 1", item)
+        assert outcomes(result) == [outcome, "passed"]
+
+
+def test_a_test_may_expect_an_exception_by_its_base_class():
+    """The answer's own classes, and those of a library, do not exist for the tests; the built-in ones above them do."""
+    expect = "ok = False\ntry:\n    candidate(0)\nexcept ValueError:\n    ok = True\nassert ok"
+    for body in ("import json; json.loads('{')", "b'\\xff'.decode()", "raise type('Own', (ValueError,), {})"):
+        result = rewards.code_reward(AUX, f"def f(x):\n    {body}\n    return 1", make_item(expect))
+        assert outcomes(result) == ["passed"], body
+
+
+def test_an_answer_may_define_dataclasses():
+    """They look for the module that they are in."""
+    lines = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass P:\n    a: int\n"
+    )
+    assert rewards.code_reward(AUX, f"{lines}\ndef f(x):\n    return P(x).a + 1", ITEM)["total"] == 2.5
 
 
 def test_every_assert_counts_and_tells_its_outcome():
@@ -1650,8 +1722,9 @@ def test_bare_asserts_and_prompts_of_prose_work():
 
 def test_asserts_in_a_function_of_the_test_count_where_it_is_called():
     """Else such a problem would have no test, and no answer could ever solve it."""
-    define = "def same(a, b):\n    if a is not None:\n        assert a == b"
-    item = make_item(define, "same(candidate(1), 2)", "for x in range(3):\n    same(candidate(x), x)")
+    define = "def equal(a, b):\n    if a is not None:\n        assert a == b"
+    call = "def same(a, b):\n    equal(a, b)"
+    item = make_item(define, call, "same(candidate(1), 2)", "for x in range(3):\n    same(candidate(x), x)")
     assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return x + 1", item)) == ["passed", "failed"]
     assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return None", item)) == ["failed", "failed"]
     assert rewards.list_tests(item["test"])[0] == "same(candidate(1), 2)"
@@ -1679,7 +1752,7 @@ def test_a_test_may_expect_an_exception():
     item = make_item(*catch.split("\nassert")[:1], "assert ok", "for y in map(candidate, [1, 2]):\n    assert y == 3")
     main = "def f(x):\n    if x == 0:\n        raise ValueError('no')\n    raise StopIteration\n    return x"
     first, second = outcomes(rewards.code_reward(AUX, main, item))
-    assert first == "passed" and second.startswith("RuntimeError")
+    assert first == "passed" and second.startswith("Exception")
 
 
 def test_usual_imports_work_without_files():
