@@ -111,7 +111,8 @@ class Policy:
         self.model, self.tokenizer, self.agents, self.dtype, self.mesh = model, tokenizer, list(agents), dtype, mesh
         self.reference = None  # another Policy, frozen, for the kl term
         self.stop_ids = known_stop_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
-        self.context = getattr(model.config, "max_position_embeddings", None)
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
         use_group_attention(model)
         if mesh is not None:
             shard(model, mesh, dtype)
@@ -459,7 +460,9 @@ def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
         if ended.all():
             break
     model.train(training)
-    return Completions(prompt, attn, torch.cat(tokens, 1), torch.stack(mask, 1), torch.stack(logps, 1), ended)
+    if not torch.isfinite(logps := torch.stack(logps, 1)).all():
+        raise FloatingPointError("the probabilities that the policy samples from are not finite")
+    return Completions(prompt, attn, torch.cat(tokens, 1), torch.stack(mask, 1), logps, ended)
 
 
 def inverse_cdf(probs, u):
@@ -468,7 +471,7 @@ def inverse_cdf(probs, u):
     total = cdf[:, -1:]
     # below the total even when u * total rounds up to it: the first entry above the target has probability > 0
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)
+    return torch.searchsorted(cdf, target, right=True).clamp_(max=probs.shape[-1] - 1)  # NaN is above all
 
 
 def completion_logits(model, completions):
@@ -581,6 +584,9 @@ def fit_prompt(policy, task, agent, item, history, max_new_tokens):
     """Token ids of an agent's prompt, and how many of its oldest turns it had to lose to fit into the context."""
     for start in range(len(history) + 1):
         ids = policy.encode(task.prompts(item, history[start:])[agent])
+        known = policy.model.get_input_embeddings().weight.shape[0]
+        if max(ids, default=0) >= known:
+            raise UserError(f"token {max(ids)} of the tokenizer is none of the model's {known}: they do not fit")
         if policy.context is None or len(ids) + max_new_tokens <= policy.context:
             return ids, start
     raise UserError(
@@ -597,9 +603,18 @@ def joint_rewards(task, items, histories, texts, pairing, ranks):
         for row in pairing.tolist()
     ]
     results = [None] * len(jobs)
-    for i, share in enumerate(ranks.exchange(task.rewards(jobs[ranks.peer :: ranks.num_peers]))):
+    mine = [plain_numbers(reward) for reward in task.rewards(jobs[ranks.peer :: ranks.num_peers])]
+    for i, share in enumerate(ranks.exchange(mine)):
         results[i :: ranks.num_peers] = share
     return [results[i : i + len(pairing)] for i in range(0, len(jobs), len(pairing))]
+
+
+def plain_numbers(reward):
+    """A reward dict with Python's numbers in place of numpy's and torch's scalars, which a log would not take."""
+    reward = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
+    if not isinstance(reward.get("total"), (int, float)):
+        raise UserError(f'the task\'s reward has to be a dict with a number as "total", not {reward}')
+    return reward
 
 
 def next_nodes(task, turn, stop_above):

@@ -1,4 +1,4 @@
-"""Tasks: what the agents read, and what their joint answer is worth.
+r"""Tasks: what the agents read, and what their joint answer is worth.
 
 A task is a pure function of an item (a dict of the data) and the history of one path through the tree (a list of
 {"texts": the N answers, "reward": the reward's parts}, empty in the first turn; where an expert was asked about that
@@ -14,7 +14,7 @@ A new task is a class and an entry in TASKS. This one rewards two agents for the
         maxima = {"total": 1.0}
 
         def first_prompts(self, item):
-            return ["Name the main topic of this text in one word.\\n\\n" + item["prompt"]] * self.num_agents
+            return ["Name the main topic of this text in one word.\n\n" + item["prompt"]] * self.num_agents
 
         def reward(self, item, history, texts):
             words = [text.strip(" .").lower() for text in texts]
@@ -64,8 +64,10 @@ def load_items(source, fields):
     for where, line in lines:
         try:
             items.append(check_item(json.loads(line), fields, where))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg}); each line holds one object") from error
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
+            raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
     return items
 
 
@@ -93,6 +95,10 @@ def check_item(row, fields, where):
         value = next((row[name] for name in names if row.get(name)), None)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a character
+            raise UserError(f"{where}: the field {names[0]} is not Unicode text: {error.reason}") from error
         item[names[0]] = value
     return item
 
@@ -125,6 +131,8 @@ class Task:
         self.train_items, self.eval_items = items[:-held_out], items[-held_out:]
 
     def load(self, data):
+        if not (data or self.default_data):
+            raise UserError("this task brings no data: name a file with --data")
         return load_items(data or DATA / self.default_data, self.fields)
 
     def warning(self):

@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder fails a
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -298,6 +299,7 @@ def test_sliding_window_is_refused_exactly_when_the_context_outgrows_it():
     with pytest.raises(UserError, match="sliding window of 4"):
         Policy(build("mistral", sliding_window=4), build_tokenizer())
     policy = Policy(build("mistral", sliding_window=20), build_tokenizer())
+    assert policy.context == 20, "train.py notices before it starts, and drops old turns"
     token_logprobs(policy, sample(policy, [[5] * 16], 2, 5, 1.0), 1.0)  # the last token drawn is never attended to
     with pytest.raises(UserError, match="sliding window of 20"):
         sample(policy, [[5] * 16], 2, 6, 1.0)
@@ -683,6 +685,23 @@ def test_example_task_of_the_docstring_trains(monkeypatch):
     assert 0 < metrics["reward"] < 1 and metrics["grad_norm/agent_0"] > 0
 
 
+@pytest.mark.parametrize("number", [np.float32, np.int64, torch.tensor])
+def test_a_reward_may_hold_numbers_of_numpy_and_torch(monkeypatch, number):
+    """They were no float, so the reward was missing in the log, and the run ended after its first step."""
+    monkeypatch.setattr(Repeat, "reward", lambda self, item, history, texts: {"total": number(len(texts[0]))})
+    _, metrics = step(build_policies(lr=1e-3), Repeat(2))
+    assert metrics["reward"] > 0
+    monkeypatch.setattr(Repeat, "reward", lambda *_: {"score": 1.0})
+    with pytest.raises(UserError, match="total"):
+        step(build_policies(lr=1e-3), Repeat(2))
+
+
+def test_a_task_without_data_asks_for_it(monkeypatch):
+    monkeypatch.setattr(Repeat, "default_data", None)
+    with pytest.raises(UserError, match="--data"):
+        Repeat(2)
+
+
 # ---------------------------------------------------------------- several turns
 
 
@@ -956,12 +975,19 @@ def files(tmp_path_factory):
         (root / name).mkdir()
         for file in set((root / "llama").iterdir()) - {root / "llama" / left_out}:
             (root / name / file.name).write_bytes(file.read_bytes())
+    for name, kept in {"short": slice(1, None), "narrow": slice(None)}.items():
+        shutil.copytree(root / "llama", root / name)
+        tensors = dict(list(load_file(root / "llama" / "model.safetensors").items())[kept])
+        save_file(tensors, root / name / "model.safetensors", {"format": "pt"})
+    build_tokenizer([*WORDS, "extra"]).save_pretrained(root / "narrow")
     texts = [" ".join(np.random.default_rng(i).choice(WORDS[2:], 12)) for i in range(12)]
     good = [json.dumps({"prompt": text}) for text in texts]
     long, other, blank = (json.dumps(x) for x in ({"prompt": "dog " * 600}, {"text": "no prompt"}, {"prompt": "  "}))
     lines = {"posts": good, "abstracts": [line.replace("prompt", "abstract") for line in good], "empty": []}
     lines |= {"no_json": [good[0], '{"prompt": "half', good[1]], "no_field": [*good[:2], other], "single": good[:1]}
     lines |= {"no_text": [*good[:2], blank], "no_object": ['["prompt"]'], "long": [long, *good]}
+    lines |= {"half_letter": [good[0], r'{"prompt": "\ud800"}'], "deep": ["[" * 100_000]}
+    lines |= {"digits": ['{"a": ' + "1" * 5000], "extra": [json.dumps({"prompt": "extra"})] * 4}
     packed = gzip.compress("\n".join(good).encode())
     problem = {"prompt": "def f(x):", "entry_point": "f", "test": "assert f(1) == 2"}
     lines["problems"] = [json.dumps(problem | {"prompt": text}) for text in texts]
@@ -1063,11 +1089,19 @@ BAD_INPUTS = {
     "--data={no_field}": "no_field.jsonl, line 3: the field prompt",
     "--data={no_text}": "no_text.jsonl, line 3",
     "--data={no_object}": "no_object.jsonl, line 1",
+    "--data={half_letter}": "half_letter.jsonl, line 2: the field prompt is not Unicode",
+    **{f"--data={{{name}}}": f"{name}.jsonl, line 1: not valid JSON" for name in ("deep", "digits")},
+    "--model={narrow} --data={extra}": "they do not fit",
+    **{f"--{name}={bad}": f"--{name}" for name in ("lr", "temperature", "kl", "discount") for bad in ("inf", "nan")},
+    **{f"--{name}={10**24}": f"--{name}" for name in ("group", "eval-group", "steps", "max-new-tokens")},
+    "--stop-above=nan": "--stop-above",
+    "--joint=crossed --group=2000": "--joint crossed",
     "--data={empty}": "0 items",
     "--data={single}": "1 items",
     "--data={long}": "context of 512",
     **{f"--data={{root}}/{name}": name for name in ("nowhere", "nowhere.jsonl", "plain.gz", "cut.gz", "bad.gz")},
     **{f"--model={{root}}/{name}": name for name in ("nowhere", "weightless", "wordless")},
+    "--model={root}/short": "1 weights are missing",
     **{f"--agents={{root}}/{name}": name for name in ("nowhere", "llama")},
     "--model={llama},{gpt2},{llama}": "3 models for 2 agents",
     "--model={llama},{gpt2} --weights=shared": "--weights shared",
@@ -1372,12 +1406,47 @@ def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
     for change in ({"data": str(grown)}, {"model": files["gpt2"]}):
         (out / "config.json").write_text(json.dumps(config | change))
         assert "data, prompts or tokenizer have changed" in refused()
-    for text, message in {"[]": "config.json", '{"task": ': "config.json", '{"tusk": 1}': "tusk"}.items():
+    broken = {"[]": "config.json", '{"task": ': "config.json", '{"tusk": 1}': "tusk", '{"steps": "2"}': "'2' for steps"}
+    for text, message in {**broken, '{"task": "gone"}': "'gone' for task"}.items():
         (out / "config.json").write_text(text)
         assert message in refused()
     (out / "config.json").unlink()
     assert "no run there" in refused()
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+
+
+def test_what_is_refused_changes_nothing(short_run, files, tmp_path, capsys):
+    """Resuming a run that had ended without a checkpoint emptied its logs and began again; a refused --resume left its
+    options in config.json; --out deleted what lay in a folder that only had no config.json."""
+    ended, copied = (shutil.copytree(short_run, tmp_path / name) for name in ("ended", "copied"))
+    shutil.rmtree(ended / "checkpoints")
+    (copied / "config.json").unlink()
+    run = short_run
+    before = {path: path.read_bytes() for out in (run, ended, copied) for path in out.rglob("*") if path.is_file()}
+    agents = ["--eval-only", f"--agents={run}"]
+    for flags, message in {
+        (f"--resume={ended}",): "ended without a checkpoint",
+        (f"--resume={run}", "--steps=1"): "step 2 is done",
+        tuple(arguments(files, copied)): "holds a run already",
+        (*arguments(files, tmp_path / "new"), *agents, "--num-agents=1"): "has 2 agents",
+        (*arguments(files, tmp_path / "new"), *agents, "--weights=shared"): "of each agent's own",
+    }.items():
+        assert train.main(flags) == 2
+        assert message in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in before} and not (tmp_path / "new").exists()
+
+
+def test_probabilities_that_are_not_finite_stop_the_run(short_run, tmp_path, capsys):
+    """After a step that was far too large, NaN drew a token beyond the vocabulary, and the error was a traceback."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "step_0000002")
+    path = out / "checkpoints" / "step_0000001"
+    state = torch.load(path / "agent_0.pt")
+    state["masters"][0].fill_(float("nan"))
+    torch.save(state, path / "agent_0.pt")
+    (path / train.SUMS).write_text(train.digests(path))
+    assert train.main([f"--resume={out}"]) == 1
+    assert "step 2: the probabilities" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("fails", ["checkpoint", "log"])

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -155,6 +156,10 @@ def resumed_config(given):
         raise UserError(f"--resume {given['resume']}: no run there, {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"--resume {given['resume']}: {path} is not the config.json of a run: {error}") from error
+    for field in dataclasses.fields(Config):
+        value, kind = getattr(config, field.name), (int, float) if field.type is float else field.type
+        if not isinstance(value, kind) or value not in field.metadata.get("choices", [value]):
+            raise UserError(f"--resume {given['resume']}: {path} has {value!r} for {field.name}")
     changed = [name for name, value in given.items() if name not in FREE and saved.get(name) != value]
     if changed:
         said = ", ".join(f"--{name.replace('_', '-')} was {saved.get(name)}, not {given[name]}" for name in changed)
@@ -164,7 +169,8 @@ def resumed_config(given):
 
 POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch eval_group show_every
     keep temperature lr max_grad_norm clip_eps clip_eps_high expert_timeout""".split()
-NOT_NEGATIVE = "seed warmup kl eval_every save_every visible_tests guided_from".split()
+NOT_NEGATIVE = "seed warmup kl discount eval_every save_every visible_tests guided_from".split()
+UNBOUNDED = "seed stop_above max_grad_norm clip_eps clip_eps_high".split()
 
 
 def check_config(config):
@@ -175,6 +181,11 @@ def check_config(config):
     for name in NOT_NEGATIVE:
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, (int, float)) and (value != value or value >= 2**31 and name not in UNBOUNDED):
+            raise UserError(f"--{name.replace('_', '-')} must be a number below 2**31, not {value}")
+    if config.joint == "crossed" and config.num_agents * math.log2(config.group) > 20:
+        raise UserError("--joint crossed makes more than a million joint actions of each prompt: lower --group")
     if config.group < 2 and not config.eval_only:
         raise UserError("--group 1 has no group to compare with: training needs --group 2 or more")
     if config.minibatches > config.prompts:
@@ -222,7 +233,9 @@ def load_model(name, device):
     """Model in float32 and tokenizer, from a folder or the Hub."""
     name = default_model() if name == "smollm2" else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
         return model.to(device), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0]
@@ -241,7 +254,7 @@ def load_agents(config, ranks=None, device="cpu"):
     ranks, device = ranks or Ranks(num_agents=config.num_agents), torch.device(device)
     names = config.model.split(",")
     if config.agents:
-        names = [f"{config.agents}/agent_{agent}" for agent in range(config.num_agents)]
+        names = trained_agents(config)
     if len(names) not in (1, config.num_agents):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
     roles = [ranks.agents] if config.weights == "shared" else [[agent] for agent in ranks.agents]
@@ -259,6 +272,18 @@ def load_agents(config, ranks=None, device="cpu"):
         if frozen:
             policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype, mesh=mesh)
     return policies
+
+
+def trained_agents(config):
+    """Folders of the agents of an earlier run, which has to have had as many, with weights shared or not."""
+    folder = Path(config.agents)
+    found = sum(path.name[6:].isdigit() for path in folder.glob("agent_*"))
+    if found != config.num_agents:
+        raise UserError(f"--agents {folder} has {found} agents, and --num-agents is {config.num_agents}")
+    options = folder / "config.json"  # agents that were copied may come without it
+    if config.weights == "shared" and options.exists() and '"weights": "separate"' in options.read_text("utf-8"):
+        raise UserError(f"--agents {folder} has weights of each agent's own, and --weights is shared")
+    return [f"{folder}/agent_{agent}" for agent in range(found)]
 
 
 def load_task(config):
@@ -437,7 +462,7 @@ def print_table(columns, maxima):
     rows = {f"{part if part != 'total' else 'return'} %": [] for part in maxima}
     for metrics in columns.values():
         for part, best in maxima.items():
-            name = "return" if part == "total" else f"reward/{part}"
+            name = "reward" if part == "total" else f"reward/{part}"  # the return of several turns has no maximum
             rows[f"{part if part != 'total' else 'return'} %"].append(f"{100 * metrics.get(name, 0) / best:.1f}")
         lengths = {name: value for name, value in metrics.items() if name.startswith("length/")}
         for name, value in lengths.items():
@@ -522,13 +547,18 @@ def newest_checkpoint(folder):
     return None
 
 
-def load_checkpoint(folder, policies, data, log, ranks):
+def load_checkpoint(folder, config, policies, data, log, ranks):
     """Restore the newest checkpoint that is whole -> its step and the evaluation before training; None if none is.
 
     data: the `fingerprint` that it has to have.
     """
     path = ranks.first(newest_checkpoint(folder) if ranks.rank == 0 else None)
     if path is None:
+        ended = all((folder / f"agent_{agent}").exists() for agent in range(config.num_agents))
+        if ranks.first(ended):
+            raise UserError(f"--resume {folder}: it has ended without a checkpoint; train its --agents {folder} on")
+        if ranks.rank == 0:
+            print(f"no checkpoint in {folder} yet: starting at step 0", flush=True)
         log.cut({})
         return None
     if ranks.rank == 0:
@@ -536,6 +566,8 @@ def load_checkpoint(folder, policies, data, log, ranks):
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     if manifest["data"] != data:
         raise UserError(f"--resume {folder} would not continue the same run: data, prompts or tokenizer have changed")
+    if manifest["step"] > config.steps:
+        raise UserError(f"--resume {folder}: step {manifest['step']} is done, --steps {config.steps} would go back")
     for policy in policies:
         file = path / f"agent_{policy.agents[0]}.pt"
         try:
@@ -580,7 +612,8 @@ def choose_folder(config):
         return config.resume, True
     if store and store.check(["folder"]):
         return store.get("folder").decode(), True
-    if (Path(config.out) / "config.json").exists() and config.out:
+    ours = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "agent_0")
+    if config.out and any((Path(config.out) / name).exists() for name in ours):
         raise UserError(f"{config.out} holds a run already: choose another --out, or continue it with --resume")
     for n in itertools.count(1):
         folder = config.out or f"runs/{config.task}" + (f"-{n}" if n > 1 else "")
@@ -596,13 +629,9 @@ def choose_folder(config):
 
 
 def run_folder(config, ranks):
-    """The folder of the run, and its options as they are now, which config.json holds."""
+    """The folder of the run, and its options with that folder."""
     folder, again = ranks.first(choose_folder(config) if ranks.rank == 0 else None)
-    config = dataclasses.replace(config, out=folder, resume="")
-    if ranks.rank == 0:
-        with replacing(Path(folder) / "config.json") as partial:
-            partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    return Path(folder), dataclasses.replace(config, resume=folder if again else "")
+    return Path(folder), dataclasses.replace(config, out=folder, resume=folder if again else "")
 
 
 def print_header(config, task, policies, device, folder):
@@ -628,7 +657,11 @@ def train(config, task, policies, folder, ranks):
     """The loop: evaluation, steps, evaluation. Returns both evaluations as (metrics, episode), None if interrupted."""
     log, interrupted, after = Log(folder, config, ranks), catch_signals(), None
     data = fingerprint(task, policies, ranks)
-    start = load_checkpoint(folder, policies, data, log, ranks) if config.resume else None
+    start = load_checkpoint(folder, config, policies, data, log, ranks) if config.resume else None
+    if ranks.rank == 0:  # not earlier: what is refused changes nothing
+        with replacing(folder / "config.json") as partial:
+            options = dataclasses.asdict(config) | {"resume": ""}
+            partial.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     saved = start and start[0]
     if not start:
         if ranks.rank == 0:
