@@ -145,7 +145,8 @@ MORE = re.compile(
     re.VERBOSE,
 )
 INDENTED_FENCE = re.compile(r"^([ \t]+)(```|~~~)(?s:.*?)^\1\2", re.MULTILINE)
-LITERAL = re.compile(r"""("{3}|'{3})(?s:.*?)(\1|\Z)|"(\\.|[^"\\\n])*"|'(\\.|[^'\\\n])*'|#.*""")
+# Possessive, and with an end that may be missing: on hostile text, anything that goes back takes minutes.
+LITERAL = re.compile(r"""("{3}|'{3})(?s:.*?)(\1|\Z)|"(\\.|[^"\\\n])*+"?|'(\\.|[^'\\\n])*+'?|#.*""")
 
 
 def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
@@ -224,11 +225,12 @@ def extract_code(text: str) -> str:
 
 def _defines(name: str, code: str) -> bool:
     """Level 1 reads text, so that a syntax error costs only level 2: `def name(`, and `return` before the next def."""
-    code = LITERAL.sub("''", code)  # a docstring may speak of what the function returns
-    for start in re.finditer(rf"^([ \t]*)def[ \t]+{re.escape(name)}[ \t]*\(", code, re.MULTILINE):
-        following = rf"^[ \t]{{0,{len(start[1])}}}(?:async|def|class)\b"
-        body = re.split(following, code[start.end() :], maxsplit=1, flags=re.MULTILINE)[0]
-        if re.search(r"\breturn\b", body):
+    depth = None  # of the definition that a line is in, if it is one of that name
+    for line in LITERAL.sub("''", code).split("\n"):  # a docstring may speak of what the function returns
+        start = re.match(r"([ \t]*)(?:def[ \t]+(\w+)[ \t]*\(|(?:async|def|class)\b)", line)
+        if start and (depth is None or len(start[1]) <= depth):
+            depth = len(start[1]) if start[2] == name else None
+        if depth is not None and re.search(r"\breturn\b", line):
             return True
     return False
 

@@ -1722,6 +1722,13 @@ def test_a_docstring_or_comment_that_says_return_returns_nothing():
     assert rewards.code_reward(AUX, hashes, ITEM)["structure"] == 1.0
 
 
+def test_no_answer_keeps_the_trainer_busy_with_reading():
+    """Its own regular expressions read hostile text: with one that goes back, each of these takes minutes."""
+    for unit in ('\\"', "'\\", '"' * 3, "    ```\n", " def f(\n", "a,", "x[", "f(", ") ", "#", "\n]", "x: "):
+        text = "def f(x):\n    return 1\n" + unit * (rewards.MAX_ANSWER // len(unit))
+        assert rewards.code_reward(text, text.replace("f", "g"), ITEM)["total"] == 0.0
+
+
 def test_a_helper_that_nobody_wrote_is_not_used():
     """A call that is never reached would pass, and be paid as cooperation."""
     main = "def f(x):\n    if x > 100:\n        return aux(x)\n    return x + 1"
