@@ -156,8 +156,9 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     are then in proportion to the helpers defined and used. [] if one agent writes both functions, in `main`.
     `item`: `prompt`, `entry_point`, and `test` as in HumanEval, `check(candidate)` with asserts, or bare asserts that
     call the entry point. A test is an assert, a loop of them, or a call of the test's own function that holds them; it
-    passes if at least one of its asserts ran, and `assert True` is none. Arguments are copies: a test cannot see what a
-    function did to them.
+    passes if at least one of its asserts ran, and `assert True` is none. Arguments and results are copied plain data:
+    None, numbers, text, bytes; lists, tuples, sets and dicts of them. So a test cannot see what a function did to an
+    argument, and one that wants an iterator, an object or a function does not pass.
 
     Returns "total" and its parts structure, syntax, tests, cooperation (a helper's result thrown away costs 0.5 of it,
     even below 0); "passed", the fraction of the tests; "detail": helpers and entry (defined with a return?), error (of

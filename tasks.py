@@ -63,11 +63,10 @@ def load_items(source, fields):
     items = []
     for where, line in lines:
         try:
-            items.append(check_item(json.loads(line), fields, where))
-        except UserError:
-            raise
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
             raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
+        items.append(check_item(row, fields, where))
     return items
 
 
