@@ -582,9 +582,9 @@ def rollout(
 
 def fit_prompt(policy, task, agent, item, history, max_new_tokens):
     """Token ids of an agent's prompt, and how many of its oldest turns it had to lose to fit into the context."""
+    known = policy.model.get_input_embeddings().weight.shape[0]
     for start in range(len(history) + 1):
         ids = policy.encode(task.prompts(item, history[start:])[agent])
-        known = policy.model.get_input_embeddings().weight.shape[0]
         if max(ids, default=0) >= known:
             raise UserError(f"token {max(ids)} of the tokenizer is none of the model's {known}: they do not fit")
         if policy.context is None or len(ids) + max_new_tokens <= policy.context:

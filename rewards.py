@@ -219,7 +219,7 @@ def extract_code(text: str) -> str:
                 code = bool(MORE.match(line))
         if code:
             kept.append(line)
-            defined = defined or "def " in line
+            defined |= "def " in line
             quoted ^= (line.count('"""') + line.count("'''")) % 2 == 1
     return "\n".join(kept)
 
@@ -361,8 +361,9 @@ def _exception(names: list, text: str) -> Exception:
     """What a test may expect: the first built-in among the classes of the guest's exception, from the most special."""
     for name in names:
         error = getattr(builtins, str(name), None)
-        # StopIteration would end a loop of asserts before its first
-        if isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration):
+        if error is StopIteration:  # it would end a loop of asserts before its first
+            break
+        if isinstance(error, type) and issubclass(error, Exception):
             with contextlib.suppress(TypeError):  # some, of Unicode, want more than a text
                 return error(text)
     return RuntimeError(text)
@@ -572,11 +573,11 @@ def _guest(line) -> None:
 
 def _facts(job: dict) -> dict:
     """What the syntax trees say of an answer: error, errors, uses, wrapper, discards (see `code_reward`)."""
-    *helpers, main = job["program"]
+    helpers = job["program"][:-1]
     errors = [_syntax_error(text) for text in job["program"]]
     if any(errors):
         return {"error": next(filter(None, errors)), "errors": errors}
-    tree = ast.parse(main)
+    *_, tree = trees = [ast.parse(text) for text in job["program"]]
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     entry = [node for node in functions if node.name == job["entry_point"]][-1:]
     nodes = [node for function in entry for node in ast.walk(function)]
@@ -584,7 +585,7 @@ def _facts(job: dict) -> dict:
     own = [node for node in ast.walk(tree) if not isinstance(node, ast.keyword) and (helpers or node not in functions)]
     taken = {node.id for node in own if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     taken |= {getattr(node, field, None) for node in own for field in ("name", "asname", "arg", "rest")}
-    everything = [node for text in job["program"] for node in ast.walk(ast.parse(text))]
+    everything = [node for each in trees for node in ast.walk(each)]
     given = [node for node in everything if not isinstance(getattr(node, "ctx", None), ast.Load)]
     known = {getattr(node, "name", getattr(node, "id", None)) for node in given} & set(job["names"]) - taken
     calls = [node for node in nodes if isinstance(node, ast.Call)]

@@ -975,10 +975,10 @@ def files(tmp_path_factory):
         (root / name).mkdir()
         for file in set((root / "llama").iterdir()) - {root / "llama" / left_out}:
             (root / name / file.name).write_bytes(file.read_bytes())
-    for name, kept in {"short": slice(1, None), "narrow": slice(None)}.items():
+    for name in ("short", "narrow"):
         shutil.copytree(root / "llama", root / name)
-        tensors = dict(list(load_file(root / "llama" / "model.safetensors").items())[kept])
-        save_file(tensors, root / name / "model.safetensors", {"format": "pt"})
+    _, *kept = load_file(root / "short" / "model.safetensors").items()
+    save_file(dict(kept), root / "short" / "model.safetensors", {"format": "pt"})
     build_tokenizer([*WORDS, "extra"]).save_pretrained(root / "narrow")
     texts = [" ".join(np.random.default_rng(i).choice(WORDS[2:], 12)) for i in range(12)]
     good = [json.dumps({"prompt": text}) for text in texts]
@@ -1723,7 +1723,7 @@ def test_a_docstring_or_comment_that_says_return_returns_nothing():
 
 
 def test_no_answer_keeps_the_trainer_busy_with_reading():
-    """Its own regular expressions read hostile text: with one that goes back, each of these takes minutes."""
+    """Its own regular expressions read hostile text: one that went back took half a minute for the first of these."""
     for unit in ('\\"', "'\\", '"' * 3, "    ```\n", " def f(\n", "a,", "x[", "f(", ") ", "#", "\n]", "x: "):
         text = "def f(x):\n    return 1\n" + unit * (rewards.MAX_ANSWER // len(unit))
         assert rewards.code_reward(text, text.replace("f", "g"), ITEM)["total"] == 0.0
@@ -1828,7 +1828,7 @@ def test_a_test_may_expect_an_exception():
     item = make_item(*catch.split("\nassert")[:1], "assert ok", "for y in map(candidate, [1, 2]):\n    assert y == 3")
     main = "def f(x):\n    if x == 0:\n        raise ValueError('no')\n    raise StopIteration\n    return x"
     first, second = outcomes(rewards.code_reward(AUX, main, item))
-    assert first == "passed" and second.startswith("Exception")
+    assert first == "passed" and second.startswith("RuntimeError")
 
 
 def test_usual_imports_work_without_files():

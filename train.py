@@ -462,7 +462,7 @@ def print_table(columns, maxima):
     rows = {f"{part if part != 'total' else 'return'} %": [] for part in maxima}
     for metrics in columns.values():
         for part, best in maxima.items():
-            name = "reward" if part == "total" else f"reward/{part}"  # the return of several turns has no maximum
+            name = "reward" if part == "total" else f"reward/{part}"  # a return adds up several turns
             rows[f"{part if part != 'total' else 'return'} %"].append(f"{100 * metrics.get(name, 0) / best:.1f}")
         lengths = {name: value for name, value in metrics.items() if name.startswith("length/")}
         for name, value in lengths.items():
