@@ -8,11 +8,11 @@ Multi-Agent Group Relative Policy Optimization (arXiv 2508.04652). One training 
     returns_to_go     return of a joint action = its reward + discount * mean return of its continuations
     group_advantages  how much better a completion did than its group; no critic is needed
     policy_loss       raise or lower the probability of its tokens accordingly, clipped as in PPO
-    update            minibatches of nodes, one optimizer step each, in micro-batches that fit the memory
+    update            minibatches of items with their trees, one optimizer step each, in pieces that fit the memory
 
 One letter per axis: N agents, H turns, B nodes of a turn (an item and the history that led there), G completions of
 an agent at a node (its group), K joint actions of a node, R = B * G rows of a block, P prompt tokens, C completion
-tokens, V vocabulary, D head dimension.
+tokens, V vocabulary, D head dimension, Hkv key heads; A agents that one policy plays.
 
 A rollout is a list of turn tables, so a single turn is a list of one, evaluation is a rollout, and GRPO is N = 1.
 README.md lists the differences from the paper and from the reference code, with reasons.
@@ -127,10 +127,6 @@ class Policy:
             # Adam's first steps have the full size in every weight, whatever the gradient's: the largest of the run
             self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1, (n + 1) / (warmup + 1)))
 
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
-
     def encode(self, prompt):
         """Token ids of a prompt, as one user message where the tokenizer has a chat template. Lists pass through."""
         if not isinstance(prompt, str):
@@ -145,11 +141,6 @@ class Policy:
         lengths = completions.mask.sum(1) - completions.ended.long()
         rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
         return [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in rows]
-
-    def save(self, folder, weights=None):
-        """Write model and tokenizer as `from_pretrained` of transformers reads them. weights: from `whole_weights`."""
-        self.model.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
 
     def whole_weights(self, keep):
         """Sharded weights by name, in full, where `keep` is true; None where nothing is sharded."""
@@ -179,13 +170,6 @@ class Policy:
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.schedule.load_state_dict(state["schedule"])
         self.copy_masters()
-
-    def fetch(self, all_of_it):
-        """Fetch sharded weights and keep them, so that each rank can sample as much as it needs; or let go."""
-        for module in self.model.modules() if self.mesh is not None else ():
-            if isinstance(module, FSDPModule):
-                module.set_reshard_after_forward(not all_of_it, recurse=False)
-                module.unshard() if all_of_it else module.reshard()
 
     @torch.no_grad()
     def copy_masters(self):
@@ -288,7 +272,7 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, *, 
     kind of call this is: "prompt" stores B prompts, which come in one row, one after the other, without padding;
     "decode" appends one token to each of R suffixes; "score" has all at once, one row of P + G * C tokens for each
     prompt, and stores nothing, so that gradient checkpointing may call it again. `transformers` hands both through from
-    the call of the model; a name of its own, such as `cache`, would not arrive.
+    the call of the model; a name that it uses itself, such as `cache`, would not arrive.
     """
     cache, phase = group_cache, group_phase
     refuse = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
@@ -359,7 +343,7 @@ def use_group_attention(model):
     """
     AttentionInterface.register("group", group_attention)
     tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    tokens, training = tokens.to(next(model.parameters()).device), model.training
+    tokens, training = tokens.to(model.device), model.training
     model.eval()
     with torch.no_grad():
         own = model(tokens, use_cache=False).logits[:, 3:8].float()
@@ -397,13 +381,10 @@ class Completions:
         return self.tokens.shape[0] // self.prompt.shape[0]
 
     def select(self, nodes, members):
-        """The completions `members` (a slice of G) of the prompts `nodes` (ids), trimmed to what they need."""
-        B, G = self.prompt.shape[0], self.group
-        rows = [
-            x.view(B, G, *x.shape[1:])[nodes][:, members].flatten(0, 1) for x in (self.tokens, self.mask, self.logp)
-        ]
+        """The completions `members` (a slice of G) of the prompts `nodes` (indices), trimmed to what they need."""
+        rows = (self.tokens, self.mask, self.logp, self.ended)
+        *rows, ended = (x.unflatten(0, (-1, self.group))[nodes][:, members].flatten(0, 1) for x in rows)
         P, C = int(self.attn[nodes].sum(1).max()), int(rows[1].sum(1).max())
-        ended = self.ended.view(B, G)[nodes][:, members].flatten()
         return Completions(self.prompt[nodes, :P], self.attn[nodes, :P], *(x[:, :C] for x in rows), ended)
 
 
@@ -438,7 +419,7 @@ def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
     """
     if streams is None:
         streams = [(seed,) for seed in torch.randint(2**62, (len(prompts),)).tolist()]
-    model, device, training = policy.model, policy.device, policy.model.training
+    model, device, training = policy.model, policy.model.device, policy.model.training
     model.eval()  # in training mode, gradient checkpointing and dropout would be on
     draws = [np.random.default_rng(s).random((group, max_new_tokens), np.float32) for s in streams]
     uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C)
@@ -663,19 +644,16 @@ def group_advantages(returns, joint, group, kind):
     mean, best = credit.mean(-1, keepdim=True), credit.amax(-1, keepdim=True)
     spread = best - credit.amin(-1, keepdim=True)
     flat = spread <= 1e-9 * credit.abs().amax(-1, keepdim=True)  # rounding, which "std" would blow up
-    if kind == "raw":
-        return credit.float()
-    if kind == "mean":
-        advantage = credit - mean
-    elif kind == "std":
-        advantage = (credit - mean) / credit.std(-1, keepdim=True, unbiased=False).masked_fill(flat, 1.0)
-    elif kind == "rloo":
-        advantage = (credit - mean) * (group / max(group - 1, 1))
-    elif kind == "max":
-        advantage = credit - best
-    else:
-        raise UserError(f"unknown advantage {kind!r}: choose std, mean, rloo, max or raw")
-    return advantage.masked_fill(flat, 0.0).float()
+    kinds = {
+        "std": (credit - mean) / credit.std(-1, keepdim=True, unbiased=False).masked_fill(flat, 1.0),
+        "mean": credit - mean,
+        "rloo": (credit - mean) * (group / max(group - 1, 1)),
+        "max": credit - best,
+        "raw": credit,
+    }
+    if kind not in kinds:
+        raise UserError(f"unknown advantage {kind!r}: choose {', '.join(kinds)}")
+    return kinds[kind].masked_fill(flat & (kind != "raw"), 0.0).float()
 
 
 def policy_loss(logp, logp_old, advantage, weight, clip_eps, clip_eps_high=None, kl=0.0, logp_ref=None):
@@ -706,13 +684,10 @@ def row_weights(lengths, rows, tokens, turns, max_new_tokens, normalize):
     same. "sequence": every row of a turn the same, every token of a row the same. "token": every token of a turn the
     same. "constant": every token 1 / max_new_tokens of a row, whatever the row's length (Dr. GRPO, arXiv 2503.20783).
     """
-    if normalize == "sequence":
-        return 1 / (lengths * rows * turns)
-    if normalize == "token":
-        return torch.ones_like(lengths, dtype=torch.float32) / (tokens * turns)
-    if normalize == "constant":
-        return torch.ones_like(lengths, dtype=torch.float32) / (max_new_tokens * rows * turns)
-    raise UserError(f"unknown normalisation {normalize!r}: choose sequence, token or constant")
+    shares = {"sequence": lengths * rows, "token": tokens, "constant": max_new_tokens * rows}
+    if normalize not in shares:
+        raise UserError(f"unknown normalisation {normalize!r}: choose {', '.join(shares)}")
+    return (1 / (shares[normalize] * turns)).expand(lengths.shape)
 
 
 @dataclass
@@ -754,22 +729,18 @@ def make_blocks(policy, turns, completions, advantages, num_items, minibatches, 
     return blocks, totals[..., 2].sum((1, 2))
 
 
-def micro_batches(block, minibatch, flat_too, micro_batch):
-    """Yield (nodes, slice of G) pieces of at most micro_batch rows, the longest first, so that each trims well."""
-    nodes = ((block.minibatch == minibatch) & (block.live | flat_too)).nonzero()[:, 0]
-    group = block.completions.group
-    order = block.lengths[nodes].amax(1).argsort(descending=True, stable=True)
-    for some in nodes[order].split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
-        for start in range(0, group, micro_batch):
-            yield some, slice(start, start + micro_batch)
-
-
 def pieces_of(policy, blocks, minibatch, flat_too, micro_batch, ranks):
-    """All (block, nodes, slice of G) of a minibatch; of sharded weights, equally many on all ranks."""
-    pieces = [(block, *piece) for block in blocks for piece in micro_batches(block, minibatch, flat_too, micro_batch)]
+    """A minibatch as (block, nodes, slice of G), each of at most micro_batch rows; of shards, as many on all ranks."""
+    pieces = []
+    for block in blocks:
+        group = block.completions.group
+        nodes = ((block.minibatch == minibatch) & (block.live | flat_too)).nonzero()[:, 0]
+        nodes = nodes[block.lengths[nodes].amax(1).argsort(descending=True, stable=True)]  # so that each trims well
+        for some in nodes.split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
+            pieces += [(block, some, slice(start, start + micro_batch)) for start in range(0, group, micro_batch)]
     if policy.mesh is not None:  # each pass fetches weights from the other ranks, so all have to make as many
         missing = ranks.max(len(pieces)) - len(pieces)
-        pieces += [(idle_block(policy.device), torch.tensor([0]), slice(0, 1))] * missing
+        pieces += [(idle_block(policy.model.device), torch.tensor([0]), slice(0, 1))] * missing
     return pieces
 
 
@@ -803,8 +774,8 @@ def update(
 ):
     """Fit a policy to its completions, one block per turn: minibatches * epochs optimizer steps, noted in the tally.
 
-    A minibatch without any advantage costs no forward pass and no step. Raises FloatingPointError when a loss or a
-    gradient is not finite.
+    Without `kl`, a minibatch without any advantage costs no forward pass and no step. Raises FloatingPointError when a
+    loss or a gradient is not finite.
     """
     ranks, fresh = ranks or Ranks(), True  # fresh: the policy is still the one that sampled
     split = num_items, minibatches, normalize, max_new_tokens, ranks
@@ -816,7 +787,7 @@ def update(
         for block, nodes, members in pieces:
             piece = block.completions.select(nodes, members)
             advantage, weight = (
-                x[nodes, members].view(-1, 1).to(policy.device) for x in (block.advantage, block.weight)
+                x[nodes, members].view(-1, 1).to(piece.mask.device) for x in (block.advantage, block.weight)
             )
             logp = token_logprobs(policy, piece, temperature)
             # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
@@ -893,10 +864,10 @@ def evaluate(policies, task, items, *, seed, sampling, group=1, discount=1.0, no
     slots = range(ranks.replica, len(items), ranks.num_replicas)
     with fetched(policies):
         for first in range(0, len(slots), nodes):
-            part, start = slots[first : first + nodes], time.perf_counter()
-            chunk = [items[s] for s in part]
+            places, start = slots[first : first + nodes], time.perf_counter()
+            chunk = [items[s] for s in places]
             chunks.append(
-                rollout(policies, task, chunk, slots=part, seed=seed, step=EVALUATION, ranks=ranks, **sampling)
+                rollout(policies, task, chunk, slots=places, seed=seed, step=EVALUATION, ranks=ranks, **sampling)
             )
             tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
     return chunks, ranks.reduce(tally)
@@ -904,12 +875,15 @@ def evaluate(policies, task, items, *, seed, sampling, group=1, discount=1.0, no
 
 @contextlib.contextmanager
 def fetched(policies):
-    """Sharded weights are on every rank in here."""
-    for policy in policies:
-        policy.fetch(True)
+    """Sharded weights are on every rank in here, so that each can sample as much as it needs."""
+    sharded = [module for policy in policies for module in policy.model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     yield
-    for policy in policies:
-        policy.fetch(False)
+    for module in sharded:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
 
 
 EVALUATION = 2**32  # stands where random streams have the step: no training step reaches it
@@ -982,8 +956,9 @@ class Ranks:
     """Who holds what when torchrun starts several processes; by default, one process that holds everything.
 
     Layout "together": every rank holds every agent. "apart": each agent lives on its own ranks, as in the paper's
-    decentralised execution; only texts and rewards cross between agents. Ranks with the same agents and other items
-    are replicas: they sum gradients. Ranks with the same items and other agents are peers: they exchange texts.
+    decentralised execution; of what they compute, only texts, rewards and advice cross between agents. Ranks with the
+    same agents and other items are replicas: they sum gradients. Ranks with the same items and other agents are peers:
+    they exchange texts.
     """
 
     def __init__(self, layout="together", num_agents=1):
@@ -994,6 +969,7 @@ class Ranks:
         self.num_replicas = self.world // self.num_peers
         self.peer, self.replica = divmod(self.rank, self.num_replicas)
         self.agents = [self.peer] if layout == "apart" else list(range(num_agents))
+        self.replicas = self.peers = None
         grid = torch.arange(self.world).view(self.num_peers, self.num_replicas).tolist()
         if self.world > 1:  # every rank has to create every group, in the same order
             self.replicas = [dist.new_group(row) for row in grid][self.peer]
@@ -1005,19 +981,20 @@ class Ranks:
             dist.all_reduce(tensor, group=self.replicas)
         return tensor
 
+    def gather(self, value, group=None):
+        """The values of all ranks, or of those of a group, in their order."""
+        values = [value] * (dist.get_world_size(group) if self.world > 1 else 1)
+        if len(values) > 1:
+            dist.all_gather_object(values, value, group=group)
+        return values
+
     def max(self, number):
         """The largest of the replicas' numbers: no rank decides alone what all have to do."""
-        largest = torch.tensor(number)
-        if self.num_replicas > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.replicas)
-        return largest.item()
+        return max(self.gather(number, self.replicas))
 
     def any(self, value):
         """Whether the value is true on any of all ranks."""
-        count = torch.tensor(bool(value), dtype=torch.int)
-        if self.world > 1:
-            dist.all_reduce(count)
-        return count.item() > 0
+        return any(self.gather(bool(value)))
 
     def barrier(self):
         if self.world > 1:
@@ -1058,23 +1035,12 @@ class Ranks:
 
     def first(self, value):
         """The value of rank 0, on all ranks."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+        return self.gather(value)[0]
 
     def exchange(self, value):
-        """The values of all peers, in the order of their agents: the only thing that crosses between agents."""
-        if self.num_peers == 1:
-            return [value]
-        values = [None] * self.num_peers
-        dist.all_gather_object(values, value, group=self.peers)
-        return values
+        """The values of all peers, in the order of their agents: all that agents see of each other passes here."""
+        return self.gather(value, self.peers)
 
     def reduce(self, tally):
         """The metrics of all ranks together."""
-        everyone = [(dict(tally.sums), tally.peaks)]
-        if self.world > 1:
-            everyone *= self.world
-            dist.all_gather_object(everyone, (dict(tally.sums), tally.peaks))
-        return Tally.merge(everyone)
+        return Tally.merge(self.gather((dict(tally.sums), tally.peaks)))

@@ -1,6 +1,7 @@
 """Rewards of the writing and coding tasks (arXiv 2508.04652), and the sandbox in which model-written code is judged.
 
-A reward is a dict: "total", and the parts that sum to it. Levels open each other: what is not reached is 0.0.
+A reward is a dict: "total", the parts that sum to it and, for code, "passed" and "detail" beside them. Levels open each
+other: what is not reached is 0.0.
 
 Model-written code is hostile code: a policy under optimisation finds every hole that pays. So three processes:
 
@@ -35,7 +36,6 @@ import textwrap
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 TLDR_MAX = {"total": 3.0, "structure": 0.5, "length": 1.0, "vocabulary": 0.5, "consistency": 0.6, "coherence": 0.4}
-ARXIV_MAX = TLDR_MAX
 
 CONNECTIVES = {
     "elaboration": "moreover, furthermore, in addition, additionally, what is more, besides, in other words",
@@ -65,23 +65,28 @@ STOP_WORDS = frozenset(
 def tldr_reward(first: str, second: str) -> dict:
     """Reward of a brief summary (`first`) and a detailed one (`second`), at most 3 (the paper's TLDR).
 
-    Parts: structure (both have 8–256 tokens), length (ratio of characters), vocabulary (ratio of distinct words, which
+    All twelve kinds of connectives earn 95 % of the last part, so 2.98 is the most that can be reached.
+
+    Parts: structure (both have 8–256 words), length (ratio of characters), vocabulary (ratio of distinct words, which
     has no upper end here), consistency (overlap of the two word sets), coherence (kinds of connectives in `second`).
     """
     return _writing_reward(first, second, second, (8, 256), (1.1, 1.6, 3.2, 5.0), (1.3, 2.0, 1e9, 2e9), 0.03)
 
 
 def arxiv_reward(first: str, second: str) -> dict:
-    """Reward of two halves of an introduction, at most 3 (the paper's arXiv); parts as in `tldr_reward`."""
+    """Reward of two halves of an introduction, at most 3 (the paper's arXiv).
+
+    Parts as in `tldr_reward`; both have 128–256 words, and connectives count in both.
+    """
     both = first + "\n" + second
     return _writing_reward(first, second, both, (128, 256), (0.8, 1.3, 1.6, 2.0), (0.5, 0.7, 1.3, 1.7), 0.23)
 
 
-def _writing_reward(first, second, linked, tokens, length, vocabulary, overlap) -> dict:
+def _writing_reward(first, second, linked, words_allowed, length, vocabulary, overlap) -> dict:
     """The levels that both tasks share. `linked`: the text whose connectives count; `overlap`: the Jaccard to reach."""
     parts = dict.fromkeys(TLDR_MAX, 0.0)
     words = [set(re.findall(r"\w+", text.lower())) for text in (first, second)]
-    if words[0] and all(tokens[0] <= len(text.split()) <= tokens[1] for text in (first, second)):
+    if words[0] and all(words_allowed[0] <= len(text.split()) <= words_allowed[1] for text in (first, second)):
         parts["structure"] = 0.5
         longer = _trapezoid(len(second) / len(first), *length)
         richer = _trapezoid(len(words[1]) / len(words[0]), *vocabulary)
@@ -124,7 +129,6 @@ TEST_SECONDS = 2.0  # wall time of one test; also of parsing, and of loading, th
 JOB_SECONDS = 15  # wall time of the judge, and CPU time of each process; tests after that do not pass
 GUESTS = 3  # a time-out or a crash costs a guest; with the last one the tests end
 MEMORY = 768 << 20  # bytes of address space of each process
-USE_NAMESPACES = True  # False forces reduced isolation, for tests
 MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmath collections contextlib copy csv
     dataclasses datetime decimal difflib enum fractions functools graphlib hashlib heapq html itertools json math
     numbers operator pprint queue random re secrets statistics string struct textwrap time types typing unicodedata
@@ -258,7 +262,7 @@ def _sandbox(job: dict) -> dict:
     import tempfile
 
     here, file = os.path.split(os.path.abspath(__file__))
-    spaces = _unshare() if USE_NAMESPACES else []
+    spaces = _unshare()
     words = set(re.findall(r"\w+", " ".join([job["prompt"], *job["program"]])))
     modules = [name for name in MODULES if words & {name, name.lstrip("_")}]
     judge = f"r._judge({bool(spaces)}, {os.geteuid() == 0}, {modules})"
@@ -306,15 +310,7 @@ class _Candidate:
         return self.ask(_encode((args, kwargs)))
 
     def ask(self, what):
-        """One line there, one line back, under the alarm of `timed`. Whatever comes back, it is only a value."""
-        try:
-            return self.answer(what)
-        except KeyboardInterrupt:  # the alarm rang
-            self.lose("time-out")
-            raise
-
-    def answer(self, what):
-        """What the guest says; raises what it raises."""
+        """One line there, one line back, under the alarm of `timed`. What comes back is only a value, or raised."""
         if self.lost or not self.guests:
             raise ConnectionError
         line, reply = self.guests[0][1], b""
@@ -325,13 +321,14 @@ class _Candidate:
                 reply += part
                 if not part or len(reply) > MAX_VALUE:
                     raise ConnectionError
-        except OSError:
-            self.lose("died")
+            name, value = json.loads(reply)
+            value = _decode(value) if name == "value" else _exception(name, str(value))
+        except (OSError, KeyboardInterrupt) as error:  # the second: the alarm rang
+            self.lose("died" if isinstance(error, OSError) else "time-out")
             raise
-        name, value = json.loads(reply)
-        if name == "value":
-            return _decode(value)
-        raise _exception(name, str(value))
+        if name != "value":
+            raise value
+        return value
 
     def lose(self, how: str) -> None:
         """End the guest. This decides the outcome: a test may catch what it raises, but not make it pass."""

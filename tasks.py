@@ -7,7 +7,8 @@ turn, "advice" has its N texts, or None if it failed):
     prompts(item, history) -> N texts      reward(item, history, texts) -> {"total": ..., and its parts}
     done(item, history) -> bool            train_items, eval_items
 
-A new task is a class and an entry in TASKS. This one rewards two agents for the same word, which neither can see:
+`Task` supplies the rest. A new task is a class and, at the end of this file, an entry in TASKS. This one rewards two
+agents for naming the same word without seeing each other's answer:
 
     class SameWord(Task):
         default_data, fields = "posts.jsonl", ("prompt",)
@@ -37,7 +38,7 @@ from pathlib import Path
 from huggingface_hub import InferenceClient, constants
 
 from magrpo import UserError
-from rewards import ARXIV_MAX, CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, list_tests, tldr_reward
+from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, list_tests, tldr_reward
 
 DATA = Path(__file__).parent / "data"
 FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents read between turns
@@ -151,7 +152,7 @@ class Task:
         return prompts
 
     def remark(self, item, turn, agent):
-        """What an agent reads about its last answer. It follows from the turn alone, as all of the prompt does."""
+        """What an agent reads about its last answer. It follows from item and turn alone."""
         if self.feedback == "plain" or self.feedback == "expert" and "advice" not in turn:
             return self.revise
         if turn.get("advice"):
@@ -211,7 +212,7 @@ class Expert:
         self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
 
     def advise(self, questions, num_agents):
-        """N texts for each question, or None where the expert fails, lies or is late. All are asked at once."""
+        """N texts for each question, asked all at once; None where the expert fails, is late or keeps to no form."""
         replies = [(None, "no answer in time")] * len(questions)
 
         def ask(i):
@@ -268,6 +269,7 @@ class TwoParts(Task):
     """Two texts that are rewarded together, by two agents or, as GRPO, by one that writes both."""
 
     agents_allowed = range(1, 3)
+    maxima = TLDR_MAX
     parts = ()  # two instructions, which follow the text: small models obey what they read last
     scores = None  # the reward function of the two
 
@@ -297,7 +299,6 @@ class Writing(TwoParts):
     """TLDR, with the roles of the paper: a brief summary of a forum post beside a detailed one."""
 
     default_data, fields = "posts.jsonl", ("prompt",)
-    maxima = TLDR_MAX
     scores = staticmethod(tldr_reward)
     parts = (
         "In one short sentence, what is this post about?",
@@ -311,7 +312,6 @@ class Arxiv(TwoParts):
 
     default_data, fields = "abstracts.jsonl", ("abstract_text|abstract",)
     held_out = 16
-    maxima = ARXIV_MAX
     scores = staticmethod(arxiv_reward)
     parts = (
         "Above is the abstract of a paper. Write the first part of its introduction, one long paragraph on background "

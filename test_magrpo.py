@@ -1546,7 +1546,7 @@ def outcomes(reward: dict) -> list[str]:
 @pytest.fixture
 def reduced(monkeypatch):
     """A machine that refuses namespaces."""
-    monkeypatch.setattr(rewards, "USE_NAMESPACES", False)
+    monkeypatch.setattr(rewards, "_unshare", list)
 
 
 @pytest.mark.parametrize("name", ["tldr", "arxiv"])
@@ -1999,8 +1999,8 @@ def test_a_judge_deep_in_c_is_ended(monkeypatch):
     """A test of the data set may do with a returned value what hears no alarm, e.g. sum up to it."""
     monkeypatch.setattr(rewards, "JOB_SECONDS", 6)  # of the trainer only: the judge has more seconds of CPU
     item = make_item("assert candidate(1) == 1", "assert sum(range(candidate(2))) == 0", "assert candidate(1) == 1")
-    for spaces in (True, False):
-        monkeypatch.setattr(rewards, "USE_NAMESPACES", spaces)
+    for unshare in (rewards._unshare, list):
+        monkeypatch.setattr(rewards, "_unshare", unshare)
         result = rewards.code_reward(AUX, "def f(x):\n    return 1 if x == 1 else 10 ** 12", item)
         assert outcomes(result) == ["passed", "not run", "not run"]
         time.sleep(0.2)

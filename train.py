@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -54,8 +53,8 @@ class Config:
     data: str = option("", "task", "a .jsonl or .jsonl.gz file, or a Hub data set; default: what comes with the task")
     num_agents: int = option(2, "task", "agents; 1 is GRPO")
     turns: int = option(1, "turns", "turns: after each, the agents read feedback and revise")
-    feedback: str = option("plain", "turns", "what they read between turns", choices=list(FEEDBACK))
-    history: str = option("full", "turns", "of all turns so far, or of the last one", choices=["full", "last"])
+    feedback: str = option("plain", "turns", "what agents read between turns", choices=list(FEEDBACK))
+    history: str = option("full", "turns", "turns that a prompt shows", choices=["full", "last"])
     visible_tests: int = option(1, "turns", "tests of a coding problem that feedback may show; it hides the others")
     expert_url: str = option("", "turns", "OpenAI-compatible server for --feedback expert; key: $EXPERT_API_KEY")
     expert_model: str = option("", "turns", "name of the model there")
@@ -65,38 +64,31 @@ class Config:
     model: str = option("smollm2", "model", "folder or Hub name, one or, separated by commas, one for each agent")
     weights: str = option("separate", "model", "a model for each agent, or one for all", choices=["separate", "shared"])
     agents: str = option("", "model", "folder of an earlier run: start from its trained agents")
-    dtype: str = option(
-        "auto", "model", "computation; master weights are float32", choices=["auto", "float32", "bfloat16"]
-    )
+    dtype: str = option("auto", "model", "to compute in; masters are float32", choices=["auto", "float32", "bfloat16"])
 
     prompts: int = option(4, "rollout", "items per step")
     group: int = option(4, "rollout", "completions of each agent for one prompt")
-    joint: str = option("aligned", "rollout", "how they form joint actions", choices=["aligned", "crossed"])
+    joint: str = option("aligned", "rollout", "pair the g-th of each, or all with all", choices=["aligned", "crossed"])
     temperature: float = option(0.8, "rollout", "sampling temperature, in evaluation too")
     max_new_tokens: int = option(80, "rollout", "longest completion, in tokens")
     stop_above: float = option(float("inf"), "rollout", "do not continue a node whose mean reward passes this")
 
-    steps: int = option(12, "update", "training steps; each samples prompts * group joint actions (aligned)")
+    steps: int = option(14, "update", "training steps; each samples prompts * group joint actions (aligned)")
     lr: float = option(4e-5, "update", "learning rate of AdamW")
-    warmup: int = option(8, "update", "optimizer steps in which it rises to that")
-    advantage: str = option("std", "update", "baseline", choices=["std", "mean", "rloo", "max", "raw"])
-    discount: float = option(1.0, "update", "of the next turn's return")
+    warmup: int = option(8, "update", "optimizer steps in which the learning rate rises")
+    advantage: str = option("std", "update", "baseline and scale", choices=["std", "mean", "rloo", "max", "raw"])
+    discount: float = option(1.0, "update", "discount factor of the next turn's return")
     minibatches: int = option(4, "update", "optimizer steps per pass over a rollout")
     epochs: int = option(1, "update", "passes over a rollout")
     clip_eps: float = option(0.2, "update", "the ratio to the sampling policy is clipped below 1 - this")
-    clip_eps_high: float = option(0.2, "update", "and above 1 + this")
+    clip_eps_high: float = option(0.2, "update", "and above 1 + this, whatever --clip-eps is")
     kl: float = option(0.0, "update", "weight of the divergence from the initial policy; keeps a frozen copy")
-    normalize: str = option("sequence", "update", "weight of a token", choices=["sequence", "token", "constant"])
+    normalize: str = option("sequence", "update", "what weighs the same", choices=["sequence", "token", "constant"])
     max_grad_norm: float = option(1.0, "update", "gradients are clipped to this norm")
     micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
     checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
 
-    layout: str = option(
-        "together",
-        "processes",
-        "each rank holds all agents, or each agent has its own ranks",
-        choices=["together", "apart"],
-    )
+    layout: str = option("together", "processes", "all agents on each rank, or one", choices=["together", "apart"])
     shard: bool = option(False, "processes", "split each agent's weights over its ranks with FSDP2, to save memory")
 
     seed: int = option(0, "run", "of all random numbers")
@@ -121,20 +113,16 @@ def parse_args(argv):
 
     With --resume the options are those of the run; one that says otherwise, and would change the run, is refused.
     """
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    groups = {}
-    for field in dataclasses.fields(Config):
-        meta = dict(field.metadata)
-        name, text = meta.pop("group"), meta.pop("help")
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        add = functools.partial(
-            groups[name].add_argument, "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS
-        )
-        if field.type is bool:
-            add(action=argparse.BooleanOptionalAction, help=text)
-        else:
-            add(type=field.type, help=f"{text} ({field.default})" if field.default != "" else text, **meta)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for title, fields in itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+            if field.type is bool:
+                group.add_argument(name, help=text, action=argparse.BooleanOptionalAction)
+            else:
+                text += f" ({field.default})" if field.default != "" else ""
+                group.add_argument(name, help=text, type=field.type, choices=field.metadata.get("choices"))
     given = vars(parser.parse_args(argv))
     config = resumed_config(given) if given.get("resume") else Config(**given)
     check_config(config)
@@ -275,7 +263,7 @@ def load_agents(config, ranks=None, device="cpu"):
 
 
 def trained_agents(config):
-    """Folders of the agents of an earlier run, which has to have had as many, with weights shared or not."""
+    """Folders of the agents of an earlier run, as many; a shared policy cannot start from weights of each one's own."""
     folder = Path(config.agents)
     found = sum(path.name[6:].isdigit() for path in folder.glob("agent_*"))
     if found != config.num_agents:
@@ -290,12 +278,14 @@ def load_task(config):
     """The task with its data and, for guided learning, its expert."""
     server = config.expert_url, config.expert_model, config.expert_timeout
     expert = Expert(*server) if config.feedback == "expert" else None
-    options = config.feedback, config.history, config.visible_tests, expert
-    return TASKS[config.task](config.num_agents, config.data, *options)
+    return TASKS[config.task](**values(config, "num_agents data feedback history visible_tests"), expert=expert)
 
 
 def check_prompts(config, task, policies):
-    """Fail before training, not in the middle of it, on items that leave no room for the answer."""
+    """Fail before training, not in the middle of it, on items that leave no room for the answer.
+
+    Of the training items, the 8 with the most characters: to tokenize all of a large set would take long.
+    """
     longest = sorted(task.train_items, key=lambda item: -sum(map(len, task.prompts(item, []))))[:8]
     for policy in policies:
         for item in [*longest, *task.eval_items]:
@@ -337,7 +327,8 @@ def sync(path):
 def replacing(path):
     """Yield the path of a file or folder to write; in place of the older one it is renamed when it is whole.
 
-    A kill or a full disk at any moment leaves the older one, and beside it at most what ends in .partial.
+    A kill or a full disk leaves the older one, and beside it at most what ends in .partial; a kill between the removal
+    of an older folder and the renaming leaves the new one, whole, under that name.
     """
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
@@ -378,9 +369,6 @@ class Log:
         values = {prefix + name: value for name, value in metrics.items()}
         self.append("metrics", {"step": step} | values)
         self.send(values, step)
-
-    def sample(self, step, episode):
-        self.append("samples", {"step": step} | episode)
 
     def append(self, name, record):
         """A whole line or nothing, in one write: a kill or a full disk leaves no half of it."""
@@ -426,22 +414,16 @@ def show_episode(episode):
     lines = []
     for agent, (prompt, text) in enumerate(zip(episode["prompts"], episode["texts"], strict=True)):
         lines += [f"--- prompt of agent {agent}", prompt, f"--- answer of agent {agent}", text]
-    return "\n".join([*lines, "--- reward: " + show_parts(episode["reward"])])
-
-
-def show_parts(reward):
-    return ", ".join(f"{name} {value:.2f}" for name, value in reward.items() if isinstance(value, (int, float)))
+    parts = [f"{name} {x:.2f}" for name, x in episode["reward"].items() if isinstance(x, (int, float))]
+    return "\n".join([*lines, f"--- reward: {', '.join(parts)}"])
 
 
 def draw_curve(folder, maxima):
     """curve.png from metrics.jsonl: the reward and its parts over steps, held-out points marked."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps what it drew
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_lines(folder / "metrics.jsonl")
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    lines, figure = read_lines(folder / "metrics.jsonl"), Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
     for i, part in enumerate(maxima):
         name = "reward" if part == "total" else f"reward/{part}"
         style = {"color": f"C{i}", "linewidth": 2.5 if part == "total" else 1}
@@ -454,7 +436,6 @@ def draw_curve(folder, maxima):
     axes.set(xlabel="step", ylabel="reward", title=f"{folder.name}: training (lines), held out (points)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def print_table(columns, maxima):
@@ -469,7 +450,7 @@ def print_table(columns, maxima):
             rows.setdefault(f"tokens of {name[7:]}", []).append(f"{value:.1f}")
         rows.setdefault("truncated %", []).append(f"{100 * metrics['truncated']:.1f}")
         rows.setdefault("tokens/s", []).append(f"{metrics['sample_tokens_per_s']:.0f}")
-        seconds = sum(lengths.values()) / metrics["sample_tokens_per_s"]
+        seconds = sum(lengths.values()) / len(lengths) / metrics["sample_tokens_per_s"]
         rows.setdefault("seconds an answer", []).append(f"{seconds:.2f}")
     print(f"\n{'held-out items':<20}" + "".join(f"{heading:>14}" for heading in columns))
     for name, values in rows.items():
@@ -556,7 +537,7 @@ def load_checkpoint(folder, config, policies, data, log, ranks):
     if path is None:
         ended = all((folder / f"agent_{agent}").exists() for agent in range(config.num_agents))
         if ranks.first(ended):
-            raise UserError(f"--resume {folder}: it has ended without a checkpoint; train its --agents {folder} on")
+            raise UserError(f"--resume {folder}: it has ended, without a checkpoint; train on with --agents {folder}")
         if ranks.rank == 0:
             print(f"no checkpoint in {folder} yet: starting at step 0", flush=True)
         log.cut({})
@@ -635,13 +616,12 @@ def run_folder(config, ranks):
 
 
 def print_header(config, task, policies, device, folder):
-    model = policies[0].model
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    sizes = [f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies]
     ranks = f", {os.environ['WORLD_SIZE']} processes, {config.layout}" if "WORLD_SIZE" in os.environ else ""
     rows = {
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
         "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}",
-        "model": f"{config.agents or config.model}, {type(model).__name__}, {parameters:.0f} M parameters each",
+        "model": f"{config.agents or config.model}, {' and '.join(sizes)} parameters",
         "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {config.dtype}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
         "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
@@ -692,8 +672,10 @@ def train(config, task, policies, folder, ranks):
 def one_step(config, task, policies, step, log, bar, ranks):
     """Train on the items of a step, log it, and show an episode now and then."""
     items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
+    sampling = sampling_options(config, task, step)
+    fitting = values(config, "minibatches normalize epochs micro_batch clip_eps clip_eps_high kl max_grad_norm")
+    options = values(config, "seed discount advantage") | {"sampling": sampling, "fitting": fitting}
     try:
-        options = step_options(config, task, step)
         turns, metrics = train_step(policies, task, items, step=step, **options, ranks=ranks)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
@@ -705,7 +687,7 @@ def one_step(config, task, policies, step, log, bar, ranks):
         bar.write("warning: every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
     if turns and ranks.rank == 0 and (step == 1 or step % config.show_every == 0):
         episode = episode_of(task, turns[-1])
-        log.sample(step, episode)
+        log.append("samples", {"step": step} | episode)
         bar.write(f"\n--- step {step}\n{show_episode(episode)}\n")
 
 
@@ -727,17 +709,12 @@ def catch_signals():
 
 def sampling_options(config, task, step=float("inf")):
     """Keyword arguments of `rollout` in a training step, or by default in an evaluation, which is always guided."""
-    names = ("group", "max_new_tokens", "temperature", "turns", "joint", "stop_above")
     guide = task.advise if task.expert and step >= config.guided_from else None
-    return {name: getattr(config, name) for name in names} | {"guide": guide}
+    return values(config, "group max_new_tokens temperature turns joint stop_above") | {"guide": guide}
 
 
-def step_options(config, task, step):
-    """Keyword arguments of `train_step`."""
-    names = ("minibatches", "normalize", "epochs", "micro_batch", "clip_eps", "clip_eps_high", "kl", "max_grad_norm")
-    options = {name: getattr(config, name) for name in ("seed", "discount", "advantage")}
-    fitting = {name: getattr(config, name) for name in names}
-    return options | {"sampling": sampling_options(config, task, step), "fitting": fitting}
+def values(config, names):
+    return {name: getattr(config, name) for name in names.split()}
 
 
 def batch_of(items, seed, step, prompts):
@@ -748,9 +725,8 @@ def batch_of(items, seed, step, prompts):
 
 
 def evaluate_task(config, task, policies, ranks):
-    """Metrics on the held-out items, and this rank's first of them as an episode."""
-    options = {"seed": config.seed, "group": config.eval_group, "discount": config.discount}
-    options["sampling"] = sampling_options(config, task)
+    """Metrics on the held-out items, and an episode: the first path of this rank's that is left in the last turn."""
+    options = values(config, "seed discount") | {"group": config.eval_group, "sampling": sampling_options(config, task)}
     chunks, metrics = evaluate(policies, task, task.eval_items, **options, ranks=ranks)
     return metrics, episode_of(task, chunks[0][-1]) if chunks else None
 
@@ -786,7 +762,8 @@ def finish(task, policies, weights, folder, before, after, seconds, ranks):
     for policy, tensors in zip(policies, weights, strict=True):
         for agent in policy.agents if ranks.replica == 0 else ():
             with replacing(folder / f"agent_{agent}") as partial:
-                policy.save(partial, tensors)
+                policy.model.save_pretrained(partial, state_dict=tensors)
+                policy.tokenizer.save_pretrained(partial)
     if ranks.rank == 0:
         with writing(folder / "curve.png"):
             draw_curve(folder, task.maxima)
