@@ -104,16 +104,21 @@ class Policy:
 
     def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, warmup=0, mesh=None):
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # the policy that is scored must be the one that sampled
             if type(module) is torch.nn.Linear:
                 module.__class__ = Linear
+            # the policy that is scored must be the one that sampled; some families have rates of their own
+            for name, value in vars(module).items():
+                if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                    setattr(module, name, 0.0)
         self.model, self.tokenizer, self.agents, self.dtype, self.mesh = model, tokenizer, list(agents), dtype, mesh
         self.reference = None  # another Policy, frozen, for the kl term
         self.stop_ids = known_stop_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # beyond this length, all positions turn at other frequencies
+            limits.append(rope.get("original_max_position_embeddings"))
         self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
-        use_group_attention(model)
+        use_group_attention(self)
         if mesh is not None:
             shard(model, mesh, dtype)
         self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
@@ -336,22 +341,32 @@ def attend_next(query, prompt, suffix, prompt_mask):
     return out.reshape(R, 1, heads, D) + own.view(R, 1, heads, D)
 
 
-def use_group_attention(model):
-    """Switch the model to `group_attention`, after a comparison with its own attention on a few random tokens.
+@torch.no_grad()
+def use_group_attention(policy):
+    """Switch the policy's model to `group_attention`, if it samples and scores with it as with its own attention.
 
     Raises UserError for a model whose layers are not all of a kind that the group cache serves.
     """
     AttentionInterface.register("group", group_attention)
-    tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    tokens, training = tokens.to(model.device), model.training
-    model.eval()
-    with torch.no_grad():
-        own = model(tokens, use_cache=False).logits[:, 3:8].float()
+    model, training, own = policy.model, policy.model.training, policy.model.config._attn_implementation
+    ids = torch.randint(model.config.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [ids[:3]] * 2 + [ids[3:]] * 2  # of each row
+    try:
         model.set_attn_implementation("group")
-        prompts, attn = pad_prompts([row[:4] for row in tokens.tolist()], tokens.device)
-        block = Completions(prompts, attn, tokens[:, 4:], tokens[:, 4:] >= 0, torch.zeros(2, 5), tokens[:, 0] < 0)
-        error = (completion_logits(model, block).float() - own).norm() / own.norm()
-    model.train(training)
+        block = sample(policy, prompts[::2], 2, 5, 1.0, [(0,), (1,)])
+        found = torch.stack([block.logp, token_logprobs(policy, block, 1.0)])
+        model.eval().set_attn_implementation(own)
+        expected = []
+        for prompt, tokens in zip(prompts, block.tokens, strict=True):
+            row = torch.cat([tokens.new_tensor(prompt), tokens])
+            logits = model(row[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected.append(log_policy(logits, 1.0).gather(1, tokens[:, None])[:, 0])
+        model.train(training).set_attn_implementation("group")
+    except (TypeError, AttributeError, RuntimeError, FloatingPointError) as error:  # other families' own kinds of calls
+        reason = str(error).splitlines()[0]
+        raise UserError(f"group attention does not work with {type(model).__name__}: {reason}") from error
+    expected = torch.stack(expected) * block.mask
+    error = ((found - expected).norm(dim=(1, 2)) / expected.norm()).max()
     if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):  # `not <` also refuses NaN
         raise UserError(f"group attention does not reproduce {type(model).__name__} (relative error {error:.1g})")
 
@@ -843,7 +858,7 @@ def train_step(policies, task, items, *, seed, step, discount, advantage, sampli
     mine, start = [items[s] for s in slots], clock()
     with fetched(policies):
         turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
-    tally_rollout(tally, turns, policies, discount, clock() - start, ranks)
+    tally_rollout(tally, turns, policies, discount, clock() - start, len(items), ranks)
     start, group = clock(), sampling["group"]
     returns = returns_to_go(turns, discount)
     advantages = [group_advantages(r, t.joint, group, advantage) for r, t in zip(returns, turns, strict=True)]
@@ -869,7 +884,7 @@ def evaluate(policies, task, items, *, seed, sampling, group=1, discount=1.0, no
             chunks.append(
                 rollout(policies, task, chunk, slots=places, seed=seed, step=EVALUATION, ranks=ranks, **sampling)
             )
-            tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, ranks)
+            tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, len(items), ranks)
     return chunks, ranks.reduce(tally)
 
 
@@ -920,7 +935,7 @@ class Tally:
         return {name: total / (count or 1) for name, (total, count) in merged.sums.items()} | merged.peaks
 
 
-def tally_rollout(tally, turns, policies, discount, seconds, ranks):
+def tally_rollout(tally, turns, policies, discount, seconds, num_items, ranks):
     """Rewards and their parts on the leaves (joint actions that nothing continues), returns, lengths, speed."""
     tokens = 0
     for t, turn in enumerate(turns):
@@ -945,7 +960,8 @@ def tally_rollout(tally, turns, policies, discount, seconds, ranks):
             tally.add("truncated", (~block.ended).sum().item(), block.ended.numel())
     for root in returns_to_go(turns, discount)[:1]:
         tally.add("return", root.sum().item(), root.numel())
-    tally.add("sample_tokens_per_s", tokens, seconds / ranks.world)
+    busy = min(num_items, ranks.num_replicas) * ranks.num_peers  # the other ranks have no item
+    tally.add("sample_tokens_per_s", tokens, seconds / busy if turns else 0)
     tally.add("rollout_s", seconds)
 
 

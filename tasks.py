@@ -256,6 +256,7 @@ class Expert:
         _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
         found = dict(zip(parts[::2], parts[1::2], strict=True))
         advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
+        text.encode()  # JSON can spell half of a character
         echo = len(self.key) > 5 and self.key in text  # shorter ones are no secrets, such as "none"
         if not all(advice) or echo:
             raise ValueError("not the form that was asked for")
@@ -414,7 +415,7 @@ def check_problem(item, where):
     """Refuse a problem that no answer could solve."""
     try:
         found = list_tests(item["test"])
-    except (SyntaxError, ValueError, IndexError):  # not Python; a check without parameters
+    except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):  # not Python; a check without parameters
         found = []
     if not found or not item["entry_point"].isidentifier():
         raise UserError(f"{where}: entry_point must name a function, and test must be Python with asserts")

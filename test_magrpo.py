@@ -5,6 +5,7 @@ the same logits everywhere cannot see an off-by-one. Every policy's pad token is
 """
 
 import copy
+import errno
 import gzip
 import importlib.util
 import json
@@ -59,6 +60,8 @@ def build(family="llama", seed=0, **options):
     if family == "gpt2":
         shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
         shape |= {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    if family == "opt":  # its layers call the function, with rates of their own
+        shape |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5, "layerdrop": 0.5}
     shape |= {"vocab_size": V, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **shape | options)
@@ -165,7 +168,7 @@ def weights_of(model):
 # ---------------------------------------------------------------- the policy, sampled and scored
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_sampler_and_scorer_are_the_policy_itself(family):
     """Temperature, dropout, a shifted logit, a mask made from ids: the scorer trained a policy that had not sampled."""
     policy, own = build_policy(family, stop_ids=STOPS), build(family).eval()
@@ -287,9 +290,11 @@ def test_group_attention_is_the_models_own(family, checkpointing):
         assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6 * total, name
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "stablelm"])
 def test_attention_that_is_not_implemented_is_refused(family):
-    """A model with soft-capped scores, or with attention sinks, ran without them and sampled from another policy."""
+    """A model with soft-capped scores, or with attention sinks, ran without them and sampled from another policy; one
+    that hands nothing on to its attention ended in a traceback.
+    """
     with pytest.raises(UserError, match="attention"):
         Policy(build(family), build_tokenizer())
 
@@ -303,6 +308,22 @@ def test_sliding_window_is_refused_exactly_when_the_context_outgrows_it():
     token_logprobs(policy, sample(policy, [[5] * 16], 2, 5, 1.0), 1.0)  # the last token drawn is never attended to
     with pytest.raises(UserError, match="sliding window of 20"):
         sample(policy, [[5] * 16], 2, 6, 1.0)
+
+
+def test_what_samples_otherwise_than_it_scores_is_refused(monkeypatch):
+    """The start-up check scored, and did not sample: what only decoding got wrong came to light later."""
+    wrong = magrpo.attend_next
+    monkeypatch.setattr(magrpo, "attend_next", lambda query, *args: wrong(query * 1.1, *args))
+    with pytest.raises(UserError, match="does not reproduce"):
+        build_policy()
+
+
+def test_long_rope_counts_only_as_far_as_its_frequencies_are_one_set():
+    """A prompt below the original length and a completion beyond it turned at different frequencies."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32} | factors
+    model = build("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    assert Policy(model, build_tokenizer()).context == 32
 
 
 def test_rotary_frequencies_stay_float32_under_bfloat16():
@@ -600,6 +621,17 @@ def test_metrics_are_sums_over_counts():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
+def test_ranks_without_items_make_sampling_no_faster():
+    """With one held-out item and two ranks, the table showed twice the tokens per second that there were."""
+    ranks = SimpleNamespace(num_replicas=2, num_peers=1, peer=0)
+    policies, tallies = [build_policy()], [Tally(), Tally()]
+    turns = grow(policies, items=ITEMS[:1])
+    for tally, table in zip(tallies, (turns, []), strict=True):
+        magrpo.tally_rollout(tally, table, policies if table else [], 1.0, 2.0, 1, ranks)
+    metrics = Tally.merge((tally.sums, tally.peaks) for tally in tallies)
+    assert metrics["sample_tokens_per_s"] == turns[0].completions[0].mask.sum().item() / 2
+
+
 def test_tallies_merge_like_one_tally():
     """Means of means: a rank with two rows weighed as much as a rank with two hundred."""
     rng = np.random.default_rng(0)
@@ -836,6 +868,7 @@ REPLIES = {  # model -> status, content
     "slow": (200, ADVICE),
     "dripping": (200, ADVICE),
     "odd": (200, ADVICE),
+    "half a letter": (200, ADVICE + " \ud83d"),
 }
 
 
@@ -991,6 +1024,11 @@ def files(tmp_path_factory):
     packed = gzip.compress("\n".join(good).encode())
     problem = {"prompt": "def f(x):", "entry_point": "f", "test": "assert f(1) == 2"}
     lines["problems"] = [json.dumps(problem | {"prompt": text}) for text in texts]
+    lines["dense"] = [json.dumps({"prompt": text}) for text in ["dog " * 600, *["y" * 3000] * 9, *texts]]
+    for name, test in {"long_sum": "f(1)" + "+1" * 20_000, "long_not": "not " * 20_000 + "f(1)"}.items():
+        lines[name] = [json.dumps(problem | {"test": "assert " + test})] * 4
+    (root / "deep_run").mkdir()
+    (root / "deep_run" / "config.json").write_text("[" * 100_000)
     lines["no_test"] = [json.dumps(problem | {"test": test}) for test in ("assert f(1)", "assert f(", "f(1)")]
     content = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
     content |= {"good.gz": packed, "plain.gz": b"no gzip", "cut.gz": packed[:-20], "bad.gz": packed[:10] + b"\xff" * 90}
@@ -1098,7 +1136,7 @@ BAD_INPUTS = {
     "--joint=crossed --group=2000": "--joint crossed",
     "--data={empty}": "0 items",
     "--data={single}": "1 items",
-    "--data={long}": "context of 512",
+    **{f"--data={{{name}}}": "context of 512" for name in ("long", "dense")},
     **{f"--data={{root}}/{name}": name for name in ("nowhere", "nowhere.jsonl", "plain.gz", "cut.gz", "bad.gz")},
     **{f"--model={{root}}/{name}": name for name in ("nowhere", "weightless", "wordless")},
     "--model={root}/short": "1 weights are missing",
@@ -1108,13 +1146,14 @@ BAD_INPUTS = {
     "--num-agents=3": "not 3",
     "--task=coding": "the field entry_point",
     "--task=coding --data={no_test}": "no_test.jsonl, item 2: entry_point must",
+    **{f"--task=coding --data={{{name}}}": f"{name}.jsonl, item 1" for name in ("long_sum", "long_not")},
     "--feedback=level_passed": "no feedback 'level_passed': choose plain, level, expert",
     "--feedback=expert": "--expert-url and --expert-model",
     "--feedback=expert --expert-model=m": "--expert-url must be",
     "--feedback=expert --expert-model=m --expert-url=http://me:secret@there/v1": "--expert-url must be",
     "--out={posts}": "posts.jsonl",
     "--weights=shared --layout=apart": "--weights shared",
-    "--resume={root}/llama": "config.json",
+    **{f"--resume={{root}}/{name}": "config.json" for name in ("llama", "deep_run")},
     "--resume={root}/nowhere": "no run there",
 }
 
@@ -1127,6 +1166,32 @@ def test_bad_input_is_one_clear_line(files, tmp_path, capsys, monkeypatch, flags
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and message in line and line.startswith("error: ")
     assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_places_that_cannot_be_written_are_named(files, tmp_path, capsys, monkeypatch):
+    """A runs/ that led to no disk was tried for ever; a cache in a wrong place was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(tmp_path / "no" / "disk")
+    assert train.main(arguments(files, "")) == 2 and "cannot write to --out runs/writing" in capsys.readouterr().err
+
+    def fail():
+        raise NotADirectoryError("/dev/null/magrpo")
+
+    monkeypatch.setattr(train, "default_model", fail)
+    assert train.main(arguments(files, "", model="smollm2")) == 2
+    assert "/dev/null/magrpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (OSError(errno.ENOSPC, "No space left"), "the disk is full"),
+    (RuntimeError("unexpected pos 704 vs 598"), "the disk is full"),
+    (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+])  # fmt: skip
+def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error, message):
+    """A file system that was read-only, and small, was reported as full."""
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(train.WriteError, match=message), train.writing(tmp_path / "file"):
+        raise error
 
 
 def test_two_models_for_three_agents_are_refused(files):

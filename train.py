@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import itertools
@@ -142,7 +143,7 @@ def resumed_config(given):
         config = Config(**saved | given)
     except OSError as error:
         raise UserError(f"--resume {given['resume']}: no run there, {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--resume {given['resume']}: {path} is not the config.json of a run: {error}") from error
     for field in dataclasses.fields(Config):
         value, kind = getattr(config, field.name), (int, float) if field.type is float else field.type
@@ -219,12 +220,14 @@ def default_model():
 
 def load_model(name, device):
     """Model in float32 and tokenizer, from a folder or the Hub."""
-    name = default_model() if name == "smollm2" else name
     try:
+        name = default_model() if name == "smollm2" else name
         model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
         return model.to(device), AutoTokenizer.from_pretrained(name)
+    except UserError:
+        raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
@@ -284,13 +287,15 @@ def load_task(config):
 def check_prompts(config, task, policies):
     """Fail before training, not in the middle of it, on items that leave no room for the answer.
 
-    Of the training items, the 8 with the most characters: to tokenize all of a large set would take long.
+    Of a large training set only the long ones are tokenized: a text has no more tokens than bytes.
     """
-    longest = sorted(task.train_items, key=lambda item: -sum(map(len, task.prompts(item, []))))[:8]
-    for policy in policies:
-        for item in [*longest, *task.eval_items]:
+    rooms = [policy.context and policy.context - config.max_new_tokens - len(policy.encode("")) for policy in policies]
+    for n, item in enumerate([*task.eval_items, *task.train_items]):
+        sizes = [len(prompt.encode()) for prompt in task.prompts(item, [])]
+        for policy, room in zip(policies, rooms, strict=True):
             for agent in policy.agents:
-                fit_prompt(policy, task, agent, item, [], config.max_new_tokens)
+                if n < len(task.eval_items) or room and sizes[agent] > room:
+                    fit_prompt(policy, task, agent, item, [], config.max_new_tokens)
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -310,7 +315,8 @@ def writing(path, spoilt=None):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        reason = "the disk is full" if free < 2**20 else error  # torch.save says "unexpected pos 704 vs 598"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else free < 2**20
+        reason = "the disk is full" if full else error  # torch.save says "unexpected pos 704 vs 598"
         if spoilt:
             remove(spoilt)
         raise WriteError(f"cannot write {path}: {reason}, {free / 2**20:.0f} MB are free") from error
@@ -537,7 +543,7 @@ def load_checkpoint(folder, config, policies, data, log, ranks):
     if path is None:
         ended = all((folder / f"agent_{agent}").exists() for agent in range(config.num_agents))
         if ranks.first(ended):
-            raise UserError(f"--resume {folder}: it has ended, without a checkpoint; train on with --agents {folder}")
+            raise UserError(f"--resume {folder}: it has ended without a checkpoint; train on with --agents {folder}")
         if ranks.rank == 0:
             print(f"no checkpoint in {folder} yet: starting at step 0", flush=True)
         log.cut({})
@@ -601,7 +607,7 @@ def choose_folder(config):
         try:
             Path(folder).mkdir(parents=True, exist_ok=bool(config.out))
         except OSError as error:
-            if isinstance(error, FileExistsError) and not config.out:
+            if isinstance(error, FileExistsError) and not config.out and os.path.lexists(folder):
                 continue  # another run's
             raise UserError(f"cannot write to --out {folder}: {error}") from error
         if store:
@@ -737,6 +743,7 @@ def run(config):
         task = load_task(config)
         policies = load_agents(config, ranks, device)
     check_prompts(config, task, policies)
+    ranks.barrier()  # what one of them refuses leaves no folder
     config = dataclasses.replace(config, dtype=str(policies[0].dtype)[6:])  # another machine's auto may differ
     folder, config = (None, config) if config.eval_only else run_folder(config, ranks)
     if ranks.rank == 0:
@@ -778,7 +785,7 @@ def explain(error):
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, (FloatingPointError, WriteError)):
-        return 1, f"{error}; the run has stopped, and its last checkpoint is as it was"
+        return 1, f"{error}; the run has stopped; --resume goes on from its last checkpoint, if --save-every wrote one"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return 1, "out of memory; what helps: --micro-batch 1, --checkpointing, a smaller --max-new-tokens"
     if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
