@@ -1560,7 +1560,7 @@ def test_out_of_memory_says_what_helps(files, tmp_path, capsys, monkeypatch, err
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(magrpo, "token_logprobs", fail)
+    monkeypatch.setattr(magrpo, "policy_loss", fail)
     assert train.main(arguments(files, tmp_path / "run")) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(word in line for word in ("memory", "--micro-batch", "--checkpointing", "--max-new-tokens"))
