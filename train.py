@@ -621,14 +621,14 @@ def run_folder(config, ranks):
     return Path(folder), dataclasses.replace(config, out=folder, resume=folder if again else "")
 
 
-def print_header(config, task, policies, device, folder):
+def print_header(config, task, policies, device, folder, ranks):
     sizes = [f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies]
-    ranks = f", {os.environ['WORLD_SIZE']} processes, {config.layout}" if "WORLD_SIZE" in os.environ else ""
+    processes = f", {ranks.world} processes, {config.layout}" if ranks.world > 1 else ""
     rows = {
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
         "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}",
-        "model": f"{config.agents or config.model}, {' and '.join(sizes)} parameters",
-        "device": f"{device}, {torch.get_num_threads()} threads{ranks}, computing in {config.dtype}",
+        "model": f"{config.agents or config.model}, {' and '.join(dict.fromkeys(sizes))} parameters",
+        "device": f"{device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
         "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
         "writes": f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing",
@@ -747,7 +747,7 @@ def run(config):
     config = dataclasses.replace(config, dtype=str(policies[0].dtype)[6:])  # another machine's auto may differ
     folder, config = (None, config) if config.eval_only else run_folder(config, ranks)
     if ranks.rank == 0:
-        print_header(config, task, policies, device, folder)
+        print_header(config, task, policies, device, folder, ranks)
     if config.eval_only:
         metrics, episode = evaluate_task(config, task, policies, ranks)
         if ranks.rank == 0:
