@@ -363,7 +363,7 @@ def use_group_attention(policy):
             expected.append(log_policy(logits, 1.0).gather(1, tokens[:, None])[:, 0])
         model.train(training).set_attn_implementation("group")
     except (TypeError, AttributeError, RuntimeError, FloatingPointError) as error:  # other families' own kinds of calls
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"group attention does not work with {type(model).__name__}: {reason}") from error
     expected = torch.stack(expected) * block.mask
     error = ((found - expected).norm(dim=(1, 2)) / expected.norm()).max()

@@ -64,7 +64,7 @@ class Config:
 
     model: str = option("smollm2", "model", "folder or Hub name, one or, separated by commas, one for each agent")
     weights: str = option("separate", "model", "a model for each agent, or one for all", choices=["separate", "shared"])
-    agents: str = option("", "model", "folder of an earlier run: start from its trained agents")
+    agents: str = option("", "model", "folder of an earlier run: its trained agents in place of --model")
     dtype: str = option("auto", "model", "to compute in; masters are float32", choices=["auto", "float32", "bfloat16"])
 
     prompts: int = option(4, "rollout", "items per step")
@@ -229,7 +229,7 @@ def load_model(name, device):
     except UserError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
 
 
