@@ -1328,15 +1328,19 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("fault", "messages"), FAULTS.items())
-def test_rank_that_fails_ends_the_job_and_is_named(files, tmp_path, fault, messages):
+def test_rank_that_fails_ends_the_job_and_is_named(files, tmp_path):
     """Rank 1 died in a reward, and rank 0 waited for its gradients until the night was over."""
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN_TASK.format(root=str(ROOT), fault=fault))
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(), script]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True, "timeout": 120}
-    run = subprocess.run([*command, *arguments(files, tmp_path / "run", steps=100)], **options)
-    assert run.returncode != 0 and all(message in run.stderr for message in messages), run.stderr
+    jobs = []
+    for n, fault in enumerate(FAULTS):
+        script = tmp_path / f"broken_{n}.py"
+        script.write_text(BROKEN_TASK.format(root=str(ROOT), fault=fault))
+        command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(), script]
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "stdout": subprocess.DEVNULL}
+        command += arguments(files, tmp_path / f"run_{n}", steps=100)
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, **options))
+    for job, messages in zip(jobs, FAULTS.values(), strict=True):
+        errors = job.communicate(timeout=120)[1]
+        assert job.returncode != 0 and all(message in errors for message in messages), errors
 
 
 def test_killed_worker_resumes_by_itself(files, tmp_path):
@@ -1344,7 +1348,7 @@ def test_killed_worker_resumes_by_itself(files, tmp_path):
     other = tmp_path / "runs" / "writing"
     other.mkdir(parents=True)
     command = [sys.executable, *"-m torch.distributed.run --standalone --max-restarts=2".split(), ROOT / "train.py"]
-    command += arguments(files, "", "--save-every=1", steps=12)
+    command += arguments(files, "", "--save-every=1", steps=6)
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     for place in ("config.json", "checkpoints/step_0000002"):  # before there is a checkpoint, and after
@@ -1352,10 +1356,10 @@ def test_killed_worker_resumes_by_itself(files, tmp_path):
             time.sleep(0.01)
         for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
+    assert train.main(arguments(files, tmp_path / "calm", steps=6)) == 0
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 0, errors
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["writing", "writing-2"]
-    assert train.main(arguments(files, tmp_path / "calm", steps=12)) == 0
     assert numbers(tmp_path / "runs" / "writing-2") == numbers(tmp_path / "calm")
     assert not list(other.iterdir())
 
@@ -1389,32 +1393,24 @@ def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys, dtype):
     assert after == f"{100 * numbers(out)[-1]['eval/return'] / 3:.1f}", "and the table is not of the untrained agents"
 
 
-def test_signal_saves_and_says_how_to_go_on(files, tmp_path):
-    """Ctrl-C lost an hour of training."""
-    out = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", *arguments(files, out, steps=100_000)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while run.poll() is None and not (out / "samples.jsonl").exists():  # it is there after the first step
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    printed, errors = run.communicate(timeout=60)
-    assert run.returncode == 0 and f"--resume {out}" in printed, errors
+def test_signal_saves_and_a_second_one_insists(files, tmp_path):
+    """Ctrl-C lost an hour of training; a second one was taken for an echo of the first, and the step took minutes."""
+    jobs, out = {}, tmp_path / "once"
+    for name, more in {"once": [], "twice": ["--prompts=12"]}.items():
+        command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / name, *more, steps=100_000)]
+        jobs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for name, signals in {"once": [signal.SIGTERM], "twice": [signal.SIGTERM, signal.SIGINT]}.items():
+        while jobs[name].poll() is None and not (tmp_path / name / "samples.jsonl").exists():  # after the first step
+            time.sleep(0.05)
+        for number in signals:
+            jobs[name].send_signal(number)
+    (printed, errors), (_, others) = [job.communicate(timeout=60) for job in jobs.values()]
+    assert jobs["once"].returncode == 0 and f"--resume {out}" in printed, errors
+    assert jobs["twice"].returncode in (130, 143) and "Traceback" not in others, others
     done = train.read_lines(out / "metrics.jsonl")[-1]["step"]
     assert train.main([f"--resume={out}", f"--steps={done + 1}"]) == 0
     steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
     assert steps == list(range(1, done + 2)), "no step is missing or there twice"
-
-
-def test_second_signal_insists(files, tmp_path):
-    """A second Ctrl-C was taken for an echo of the first, and the step took minutes."""
-    command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / "run", "--prompts=12", steps=100_000)]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while run.poll() is None and not (tmp_path / "run" / "samples.jsonl").exists():
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    run.send_signal(signal.SIGINT)
-    errors = run.communicate(timeout=60)[1]
-    assert run.returncode in (130, 143) and "Traceback" not in errors, errors
 
 
 DAMAGES = {
@@ -1912,10 +1908,13 @@ def f(x: List[str]):
 def test_an_endless_answer_costs_its_time_limit():
     """2 s a test, and the third time-out ends it, however many tests remain; the others of a step do not wait."""
     item = make_item(*[f"assert candidate({i}) == {i}" for i in range(30)])
-    result = rewards.code_reward(AUX, "def f(x):\n    while x:\n        pass\n    return x", item)
-    assert outcomes(result)[:5] == ["passed", "time-out", "time-out", "time-out", "not run"]
-    result = rewards.code_reward(AUX, "y = 1\nwhile y:\n    pass\ndef f(x):\n    return x", item)
-    assert set(outcomes(result)) == {"time-out"}
+    answers = (
+        "def f(x):\n    while x:\n        pass\n    return x",
+        "y = 1\nwhile y:\n    pass\ndef f(x):\n    return x",
+    )
+    calls, loads = rewards.judge_many([(AUX, answer, item) for answer in answers])
+    assert outcomes(calls)[:5] == ["passed", "time-out", "time-out", "time-out", "not run"]
+    assert set(outcomes(loads)) == {"time-out"}
 
 
 @pytest.mark.parametrize("text", [
@@ -2062,7 +2061,7 @@ def test_reduced_isolation_still_judges(reduced, own_temp):
 
 def test_a_judge_deep_in_c_is_ended(monkeypatch):
     """A test of the data set may do with a returned value what hears no alarm, e.g. sum up to it."""
-    monkeypatch.setattr(rewards, "JOB_SECONDS", 6)  # of the trainer only: the judge has more seconds of CPU
+    monkeypatch.setattr(rewards, "JOB_SECONDS", 4)  # of the trainer only: the judge has more seconds of CPU
     item = make_item("assert candidate(1) == 1", "assert sum(range(candidate(2))) == 0", "assert candidate(1) == 1")
     for unshare in (rewards._unshare, list):
         monkeypatch.setattr(rewards, "_unshare", unshare)
