@@ -37,7 +37,7 @@ from pathlib import Path
 
 from huggingface_hub import InferenceClient, constants
 
-from magrpo import UserError
+from magrpo import UserError, first_line
 from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, list_tests, tldr_reward
 
 DATA = Path(__file__).parent / "data"
@@ -82,7 +82,7 @@ def load_hub(name):
     try:
         return load_dataset(name, split="train")
     except Exception as error:  # the library raises many kinds: no network, no such set, no such split
-        raise UserError(f"cannot load the data set {name}: {error}".splitlines()[0]) from error
+        raise UserError(f"cannot load the data set {name}: {first_line(error)}") from error
 
 
 def check_item(row, fields, where):

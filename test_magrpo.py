@@ -22,6 +22,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -1330,17 +1331,17 @@ FAULTS = {
 
 def test_rank_that_fails_ends_the_job_and_is_named(files, tmp_path):
     """Rank 1 died in a reward, and rank 0 waited for its gradients until the night was over."""
-    jobs = []
+    commands = []
     for n, fault in enumerate(FAULTS):
         script = tmp_path / f"broken_{n}.py"
         script.write_text(BROKEN_TASK.format(root=str(ROOT), fault=fault))
         command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(), script]
-        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "stdout": subprocess.DEVNULL}
-        command += arguments(files, tmp_path / f"run_{n}", steps=100)
-        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, **options))
-    for job, messages in zip(jobs, FAULTS.values(), strict=True):
-        errors = job.communicate(timeout=120)[1]
-        assert job.returncode != 0 and all(message in errors for message in messages), errors
+        commands.append([*command, *arguments(files, tmp_path / f"run_{n}", steps=100)])
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True, "timeout": 120}
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda command: subprocess.run(command, **options), commands))
+    for run, messages in zip(runs, FAULTS.values(), strict=True):
+        assert run.returncode != 0 and all(message in run.stderr for message in messages), run.stderr
 
 
 def test_killed_worker_resumes_by_itself(files, tmp_path):
@@ -1348,7 +1349,7 @@ def test_killed_worker_resumes_by_itself(files, tmp_path):
     other = tmp_path / "runs" / "writing"
     other.mkdir(parents=True)
     command = [sys.executable, *"-m torch.distributed.run --standalone --max-restarts=2".split(), ROOT / "train.py"]
-    command += arguments(files, "", "--save-every=1", steps=6)
+    command += arguments(files, "", "--save-every=1", steps=12)
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     for place in ("config.json", "checkpoints/step_0000002"):  # before there is a checkpoint, and after
@@ -1356,7 +1357,7 @@ def test_killed_worker_resumes_by_itself(files, tmp_path):
             time.sleep(0.01)
         for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
-    assert train.main(arguments(files, tmp_path / "calm", steps=6)) == 0
+    assert train.main(arguments(files, tmp_path / "calm", steps=12)) == 0
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 0, errors
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["writing", "writing-2"]

@@ -36,7 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from magrpo import Policy, Ranks, UserError, evaluate, fit_prompt, train_step
+from magrpo import Policy, Ranks, UserError, evaluate, first_line, fit_prompt, train_step
 from tasks import FEEDBACK, TASKS, Expert
 
 # ---------------------------------------------------------------- options
@@ -229,7 +229,7 @@ def load_model(name, device):
     except UserError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
 
 
@@ -289,13 +289,12 @@ def check_prompts(config, task, policies):
 
     Of a large training set only the long ones are tokenized: a text has no more tokens than bytes.
     """
-    rooms = [policy.context and policy.context - config.max_new_tokens - len(policy.encode("")) for policy in policies]
-    for n, item in enumerate([*task.eval_items, *task.train_items]):
-        sizes = [len(prompt.encode()) for prompt in task.prompts(item, [])]
-        for policy, room in zip(policies, rooms, strict=True):
+    for policy in policies:
+        room = (policy.context or math.inf) - config.max_new_tokens - len(policy.encode(""))
+        long = [item for item in task.train_items if any(len(p.encode()) > room for p in task.prompts(item, []))]
+        for item in [*task.eval_items, *long]:
             for agent in policy.agents:
-                if n < len(task.eval_items) or room and sizes[agent] > room:
-                    fit_prompt(policy, task, agent, item, [], config.max_new_tokens)
+                fit_prompt(policy, task, agent, item, [], config.max_new_tokens)
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -560,8 +559,7 @@ def load_checkpoint(folder, config, policies, data, log, ranks):
         try:
             policy.load_state(torch.load(file, map_location="cpu", weights_only=True))
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--resume {folder}: {file} does not fit this model: {reason}") from error
+            raise UserError(f"--resume {folder}: {file} does not fit this model: {first_line(error)}") from error
     log.cut(manifest["log"])
     return manifest["step"], manifest["before"]
 
@@ -790,7 +788,7 @@ def explain(error):
         return 1, "out of memory; what helps: --micro-batch 1, --checkpointing, a smaller --max-new-tokens"
     if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
         time.sleep(2)  # torchrun blames the first process that ends, so let it see the one that did
-        return 1, f"another process has gone, torchrun names it below ({str(error).splitlines()[0]})"
+        return 1, f"another process has gone, torchrun names it below ({first_line(error)})"
     return None
 
 
