@@ -123,6 +123,7 @@ class Policy:
         if rope.get("rope_type") == "longrope":  # beyond this length, all positions turn at other frequencies
             limits.append(rope.get("original_max_position_embeddings"))
         self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
+        self.graphs = model.device.type == "cuda" and mesh is None  # decode steps are CUDA graphs
         use_group_attention(self)
         if mesh is not None:
             shard(model, mesh, dtype)
@@ -246,26 +247,34 @@ def known_stop_ids(model, tokenizer):
 class GroupCache:
     """Keys and values of B prompts, once each, and of the R = B * G suffixes that grow from them.
 
-    prompt[layer]: two tensors (B, Hkv, P, D) for Hkv key heads. suffix[layer]: two (R, Hkv, C, D), filled up to
-    `length`. attn: (B, P), True on the prompts' tokens. prompt_mask: (B, P), True where a suffix may look: not on the
-    last token, which opens every suffix.
+    prompt[layer]: two tensors (B, Hkv, P, D) for Hkv key heads. suffix[layer]: two (R, Hkv, C, D), filled up to the
+    column `place`, zeros behind it. attn: (B, P), True on the prompts' tokens. prompt_mask: (B, P), True where a suffix
+    may look: not on the last token, which opens every suffix. hidden: (B, P + C), True where the token at `place` may
+    not look. A decode step can be a CUDA graph: `place` is a tensor, (1,), and no shape depends on it. It reads `width`
+    of the C columns, however few are filled; the sampler doubles that when it has to.
     """
 
     def __init__(self, attn, group, max_suffix):
-        self.prompt_lengths, self.group, self.max_suffix, self.length = attn.sum(1).tolist(), group, max_suffix, 0
+        self.prompt_lengths, self.group, self.max_suffix = attn.sum(1).tolist(), group, max_suffix
         self.prompt_mask = attn & attn.roll(-1, 1)
         self.prompt_mask[:, -1] = False
         self.prompt, self.suffix = {}, {}
+        self.hidden = F.pad(~self.prompt_mask, (0, max_suffix), value=True)
+        self.place, self.width = torch.full((1,), -1, device=attn.device), min(256, max_suffix)
+
+    def next_place(self):
+        """Move on to the next column of the suffixes, which all look at from now on."""
+        self.place += 1
+        self.hidden.index_fill_(1, self.prompt_mask.shape[1] + self.place, False)
 
     def append(self, layer, key, value):
-        """Store one token's key and value, (R, Hkv, 1, D) each; return all of the suffix so far."""
+        """Store one token's key and value, (R, Hkv, 1, D) each, at `place`; return all of the layer's so far."""
         if layer not in self.suffix:
             shape = (*key.shape[:2], self.max_suffix, key.shape[3])
-            self.suffix[layer] = key.new_empty(shape), value.new_empty(shape)
-        end = self.length + 1
+            self.suffix[layer] = key.new_zeros(shape), value.new_zeros(shape)
         for buffer, new in zip(self.suffix[layer], (key, value), strict=True):
-            buffer[:, :, self.length : end] = new
-        return [buffer[:, :, :end] for buffer in self.suffix[layer]]
+            buffer.index_copy_(2, self.place, new)
+        return [buffer[:, :, : self.width] for buffer in self.suffix[layer]]
 
     @functools.cached_property
     def suffix_mask(self):
@@ -293,8 +302,8 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, *, 
         raise UserError(f"this model's attention uses {', '.join(refuse)}, which magrpo.py does not implement")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if phase == "decode":
-        suffix = cache.append(module.layer_idx, key, value)
-        return attend_next(query * scale, cache.prompt[module.layer_idx], suffix, cache.prompt_mask), None
+        prompt, suffix = cache.prompt[module.layer_idx], cache.append(module.layer_idx, key, value)
+        return attend_next(query * scale, prompt, suffix, cache.hidden), None
     if phase == "score":
         return attend_all(query, key, value, cache, scale), None
     parts = [x.split(cache.prompt_lengths, 2) for x in (query, key, value)]
@@ -327,8 +336,8 @@ def attend_all(query, key, value, cache, scale):
     return torch.cat([out, own.transpose(1, 2).reshape(B, -1, *out.shape[2:])], 1)
 
 
-def attend_next(query, prompt, suffix, prompt_mask):
-    """query (R, heads, 1, D) over a shared prompt and its own suffix of S tokens -> (R, 1, heads, D).
+def attend_next(query, prompt, suffix, hidden):
+    """query (R, heads, 1, D) over a shared prompt and its own suffix, of which S columns are read -> (R, 1, heads, D).
 
     The queries of a group, and of the heads that share a key head, fold into one product with the prompt's keys.
     """
@@ -336,10 +345,10 @@ def attend_next(query, prompt, suffix, prompt_mask):
     group, share = R // B, heads // Hkv
     folded = query.reshape(B, group, Hkv, share, D).transpose(1, 2)  # (B, Hkv, G, share, D)
     to_prompt = (folded.reshape(B, Hkv, -1, D) @ prompt[0].mT).view(B, Hkv, group, share, P)
-    to_prompt = to_prompt.masked_fill(~prompt_mask.view(B, 1, 1, 1, P), float("-inf"))
     to_suffix = query.reshape(R, Hkv, share, D) @ suffix[0].mT
     to_suffix = to_suffix.view(B, group, Hkv, share, S).transpose(1, 2)
     scores = torch.cat([to_prompt, to_suffix], dim=-1).float()  # (B, Hkv, G, share, P + S), not rounded to bfloat16
+    scores.masked_fill_(hidden[:, None, None, None, : P + S], float("-inf"))
     on_prompt, on_suffix = scores.softmax(-1).to(query.dtype).split([P, S], dim=-1)
     out = (on_prompt.reshape(B, Hkv, -1, P) @ prompt[1]).view(B, Hkv, group, share, D).transpose(1, 2)
     own = on_suffix.transpose(1, 2).reshape(R, Hkv, share, S) @ suffix[1]
@@ -353,6 +362,7 @@ def use_group_attention(policy):
     Raises UserError for a model whose layers are not all of a kind that the group cache serves.
     """
     AttentionInterface.register("group", group_attention)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a kernel anew for every length that it meets
     model, training, own = policy.model, policy.model.training, policy.model.config._attn_implementation
     ids = torch.randint(model.config.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [ids[:3], ids[3:]]
@@ -447,22 +457,47 @@ def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
     places = torch.arange(prompt.shape[1], device=device).expand_as(prompt)
     forward(model, prompt[attn][None], places[attn][None], cache, "prompt", logits_to_keep=1)
     stop_ids = torch.tensor(policy.stop_ids, device=device, dtype=torch.long)
-    ended = torch.zeros(len(uniform), dtype=torch.bool, device=device)
-    tokens, mask, logps = [], [], []
-    for u in uniform.split(1, dim=1):
+    ended = torch.zeros(len(uniform), 1, dtype=torch.bool, device=device)
+    kinds = torch.long, torch.bool, torch.float32
+    tokens, mask, logps = (torch.zeros(uniform.shape, dtype=kind, device=device) for kind in kinds)
+
+    def step():
+        """Draw the next token of every row. All of it happens in place, so that it can be repeated as a graph."""
+        cache.next_place()
         logp = log_policy(forward(model, token, position, cache, "decode")[:, -1], temperature)  # (R, V)
-        cache.length, position = cache.length + 1, position + 1
-        token = inverse_cdf(logp.exp(), u)  # (R, 1)
-        tokens.append(token)
-        mask.append(~ended)
-        logps.append(logp.gather(1, token)[:, 0].masked_fill(ended, 0.0))
-        ended = ended | torch.isin(token[:, 0], stop_ids)
+        token.copy_(inverse_cdf(logp.exp(), uniform.index_select(1, cache.place)))
+        tokens.index_copy_(1, cache.place, token)
+        mask.index_copy_(1, cache.place, ~ended)
+        logps.index_copy_(1, cache.place, logp.gather(1, token).masked_fill(ended, 0.0))
+        ended.logical_or_((token == stop_ids).any(1, keepdim=True))
+        position.add_(1)
+
+    repeat = step
+    for length in range(1, max_new_tokens + 1):
+        if length > cache.width:
+            cache.width, repeat = min(2 * cache.width, max_new_tokens), step
+        repeat()
         if ended.all():
             break
+        if repeat is step and policy.graphs:
+            repeat = as_graph(step, policy)
     model.train(training)
-    if not torch.isfinite(logps := torch.stack(logps, 1)).all():
+    if not torch.isfinite(logps[:, :length]).all():
         raise FloatingPointError("the probabilities that the policy samples from are not finite")
-    return Completions(prompt, attn, torch.cat(tokens, 1), torch.stack(mask, 1), logps, ended)
+    return Completions(prompt, attn, tokens[:, :length], mask[:, :length], logps[:, :length], ended[:, 0])
+
+
+def as_graph(step, policy):
+    """The step as a CUDA graph: a thousand small kernels, which a GPU runs much faster than Python launches them."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # torch.cuda.graph does not return to the stream if it fails
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+    except RuntimeError:  # a forward pass that waits for numbers from the GPU cannot be captured
+        policy.graphs = False
+        return step
 
 
 def inverse_cdf(probs, u):

@@ -53,6 +53,25 @@ V = len(WORDS)
 
 # ---------------------------------------------------------------- fixtures
 
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """On every machine the same tests, to the last bit and with as many processes as they like."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # to this process
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # to those that it starts
+        yield
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """For the tests that need one."""
+    if not GPU:
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
 
 def build(family="llama", seed=0, **options):
     """A tiny model of a family, in training mode, with dropout 0.5 in its config."""
@@ -184,6 +203,65 @@ def test_sampler_and_scorer_are_the_policy_itself(family):
     policy.model.eval()
     sample(policy, PROMPTS, 2, 2, 0.7)
     assert not policy.model.training
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_gpu_repeats_what_single_calls_and_the_cpu_draw(family, gpu):
+    """A decode step that a GPU repeats as a graph reads and writes at fixed places: one that moved would be lost."""
+    policy, blocks = Policy(build(family).cuda(), build_tokenizer(), stop_ids=STOPS), []
+    for graphs in (True, True, False):
+        policy.graphs &= graphs
+        blocks.append(sample(policy, PROMPTS, 8, 10, 0.7, STREAMS))
+        assert policy.graphs is graphs and blocks[-1].ended.any() and not blocks[-1].ended.all()
+        assert (token_logprobs(policy, blocks[-1], 0.7) - blocks[-1].logp).abs().max() < 1e-4
+    blocks.append(sample(build_policy(family, stop_ids=STOPS), PROMPTS, 8, 10, 0.7, STREAMS))
+    for other in blocks[1:]:
+        assert rows_of(other) == rows_of(blocks[0])
+        assert (other.logp.cpu() - blocks[0].logp.cpu()).abs().max() < 1e-4
+
+
+def test_a_model_that_waits_for_the_gpu_draws_the_same_without_graphs(gpu):
+    """Some mixtures of experts ask the GPU for numbers in the middle of a pass, which no graph can hold."""
+    policy, waiting = (Policy(build().cuda(), build_tokenizer(), stop_ids=STOPS) for _ in range(2))
+    waiting.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].sum().item() and None)
+    expected, found = (sample(p, PROMPTS, 8, 10, 0.7, STREAMS) for p in (policy, waiting))
+    assert policy.graphs and not waiting.graphs
+    for block in (found, sample(waiting, PROMPTS, 8, 10, 0.7, STREAMS), sample(policy, PROMPTS, 8, 10, 0.7, STREAMS)):
+        assert rows_of(block) == rows_of(expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+def test_a_gpu_learns_what_the_cpu_learns(dtype, tolerance, gpu):
+    """Only tests on a CPU had run: a tensor that stayed behind there ended the first step on a GPU."""
+    gradients = []
+    for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
+        turns, policies = grow(build_policies(), turns=2), []  # the same completions twice
+        for i, family in enumerate(["llama", "gpt2"]):
+            model = build(family, seed=i).to(device)
+            policies.append(Policy(model, build_tokenizer(), [i], lr=1e-3, dtype=precision))
+        for turn in turns:
+            turn.completions = [magrpo.Completions(*(x.to(device) for x in vars(b).values())) for b in turn.completions]
+        steps = steps_of(policies, turns, minibatches=2)
+        gradients.append([gradient.cpu() for policy in steps for gradient, _ in policy])
+        _, metrics = step(policies, sampling={"turns": 2})
+        assert metrics["ratio_max"] < 0.5
+    assert len(gradients[0]) == 4 and all(close(b, a, tolerance) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_long_completion_is_sampled_as_it_is_scored():
+    """Decode steps read a part of the suffixes that doubles: the columns behind it were not seen, or zeros were."""
+    policy = build_policy(stop_ids=[])
+    block = sample(policy, PROMPTS, 2, 300, 0.7, STREAMS)
+    assert block.tokens.shape == (6, 300)
+    assert (token_logprobs(policy, block, 0.7) - block.logp).abs().max() < 1e-4
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch, capsys):
+    """One process more than there are GPUs ended in a traceback about an ordinal, and took the others with it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.main([]) == 2 and "--nproc_per_node at most 1" in capsys.readouterr().err
 
 
 def test_any_stop_id_ends_a_row_and_belongs_to_it():

@@ -572,6 +572,8 @@ def start_ranks(config):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"process {device.index} has no GPU: --nproc_per_node at most {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -622,11 +624,12 @@ def run_folder(config, ranks):
 def print_header(config, task, policies, device, folder, ranks):
     sizes = [f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies]
     processes = f", {ranks.world} processes, {config.layout}" if ranks.world > 1 else ""
+    graphs = ", sampling in CUDA graphs" if all(policy.graphs for policy in policies) else ""
     rows = {
         "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
         "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}",
         "model": f"{config.agents or config.model}, {' and '.join(dict.fromkeys(sizes))} parameters",
-        "device": f"{device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}",
+        "device": f"{device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}",
         "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
         "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
         "writes": f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing",
