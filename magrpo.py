@@ -23,6 +23,7 @@ import functools
 import itertools
 import os
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -123,7 +124,8 @@ class Policy:
         if rope.get("rope_type") == "longrope":  # beyond this length, all positions turn at other frequencies
             limits.append(rope.get("original_max_position_embeddings"))
         self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
-        self.graphs = model.device.type == "cuda" and mesh is None  # decode steps are CUDA graphs
+        current = torch.device("cuda", torch.cuda.current_device()) if model.device.type == "cuda" else None
+        self.graphs = mesh is None and model.device == current  # decode steps are CUDA graphs
         use_group_attention(self)
         if mesh is not None:
             shard(model, mesh, dtype)
@@ -377,6 +379,8 @@ def use_group_attention(policy):
             logits = model(rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
             expected.append(log_policy(logits, 1.0).gather(2, tokens[..., None])[..., 0])
         model.train(training).set_attn_implementation("group")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # what is refused, and what other families' own kinds of calls end in
         raise UserError(f"group attention does not work with {type(model).__name__}: {first_line(error)}") from error
     expected = torch.cat(expected) * block.mask
@@ -479,7 +483,7 @@ def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
         repeat()
         if ended.all():
             break
-        if repeat is step and policy.graphs:
+        if repeat is step and policy.graphs and length < max_new_tokens:
             repeat = as_graph(step, policy)
     model.train(training)
     if not torch.isfinite(logps[:, :length]).all():
@@ -491,13 +495,26 @@ def as_graph(step, policy):
     """The step as a CUDA graph: a thousand small kernels, which a GPU runs much faster than Python launches them."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # torch.cuda.graph does not return to the stream if it fails
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # the first of these returns to the stream also where the second fails
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, capture_error_mode="thread_local"), refused_waits():
             step()
         return graph.replay
-    except RuntimeError:  # a forward pass that waits for numbers from the GPU cannot be captured
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # the model waits for numbers from the GPU, as some that mix experts or stretch positions
         policy.graphs = False
         return step
+
+
+@contextlib.contextmanager
+def refused_waits():
+    """What would wait for the GPU raises RuntimeError in here; a wait in a capture leaves its memory in disorder."""
+    with warnings.catch_warnings(action="ignore"):  # torch says that it may not notice all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def inverse_cdf(probs, u):

@@ -256,6 +256,17 @@ def test_a_long_completion_is_sampled_as_it_is_scored():
     assert (token_logprobs(policy, block, 0.7) - block.logp).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("place", ["train.AutoModelForCausalLM.from_pretrained", "magrpo.sample"])
+def test_too_little_memory_at_the_start_is_called_that(files, capsys, monkeypatch, place):
+    """A GPU that another run had filled was called a model that cannot be loaded, or one of the wrong family."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(place, full)
+    assert train.main(arguments(files, "")) == 1 and "error: out of memory; what helps" in capsys.readouterr().err
+
+
 def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch, capsys):
     """One process more than there are GPUs ended in a traceback about an ordinal, and took the others with it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

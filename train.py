@@ -75,7 +75,7 @@ class Config:
     stop_above: float = option(float("inf"), "rollout", "do not continue a node whose mean reward passes this")
 
     steps: int = option(14, "update", "training steps; each samples prompts * group joint actions (aligned)")
-    lr: float = option(4e-5, "update", "learning rate of AdamW")
+    lr: float = option(6e-5, "update", "learning rate of AdamW")
     warmup: int = option(8, "update", "optimizer steps in which the learning rate rises")
     advantage: str = option("std", "update", "baseline and scale", choices=["std", "mean", "rloo", "max", "raw"])
     discount: float = option(1.0, "update", "discount factor of the next turn's return")
@@ -226,7 +226,7 @@ def load_model(name, device):
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
         return model.to(device), AutoTokenizer.from_pretrained(name)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = first_line(error)
@@ -558,6 +558,8 @@ def load_checkpoint(folder, config, policies, data, log, ranks):
         file = path / f"agent_{policy.agents[0]}.pt"
         try:
             policy.load_state(torch.load(file, map_location="cpu", weights_only=True))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"--resume {folder}: {file} does not fit this model: {first_line(error)}") from error
     log.cut(manifest["log"])
@@ -789,7 +791,7 @@ def explain(error):
         return 1, f"{error}; the run has stopped; --resume goes on from its last checkpoint, if --save-every wrote one"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return 1, "out of memory; what helps: --micro-batch 1, --checkpointing, a smaller --max-new-tokens"
-    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or "gloo/transport" in str(error):
         time.sleep(2)  # torchrun blames the first process that ends, so let it see the one that did
         return 1, f"another process has gone, torchrun names it below ({first_line(error)})"
     return None
