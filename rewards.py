@@ -373,6 +373,7 @@ def _judge(isolated: bool, root: bool, modules: list[str]) -> None:
     _linux("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in ["unicodedata", *modules]:  # a guest will find no file to import from, nor does the parser of names
         __import__(name)
+    int(str(10**10_000))  # from Python 3.12 on, this loads a module
     if isolated:
         folder = os.getcwd()
         _linux("mount", b"none", folder.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, b"size=4m,nr_inodes=1k")
