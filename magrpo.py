@@ -47,6 +47,11 @@ def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+def out_of_memory(error):
+    """Whether an error says that the device, or the machine, has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 # ---------------------------------------------------------------- the policy
 
 
@@ -105,7 +110,7 @@ class Policy:
     answers. dtype: what forward and backward compute in. Other than float32, the optimizer keeps float32 master
     weights: steps at the usual 1e-6 to 1e-5 are smaller than the spacing of bfloat16 numbers and would be lost. mesh:
     the ranks that share one copy of the weights, gradients and moments, in float32; parts are fetched in `dtype` for
-    the time that they are needed.
+    the time that they are needed. graphs: whether decode steps are repeated as CUDA graphs.
     """
 
     def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, warmup=0, mesh=None):
@@ -125,7 +130,7 @@ class Policy:
             limits.append(rope.get("original_max_position_embeddings"))
         self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
         current = torch.device("cuda", torch.cuda.current_device()) if model.device.type == "cuda" else None
-        self.graphs = mesh is None and model.device == current  # decode steps are CUDA graphs
+        self.graphs = mesh is None and model.device == current  # a graph is captured on the current device
         use_group_attention(self)
         if mesh is not None:
             shard(model, mesh, dtype)
@@ -174,7 +179,7 @@ class Policy:
         return {"masters": masters, "optimizer": optimizer | {"state": moments}, "schedule": schedule}
 
     def load_state(self, state):
-        """Continue from a checkpoint, to the last bit."""
+        """Continue from a checkpoint: weights and moments to the last bit."""
         masters, moments = self.masters, state["optimizer"]["state"]
         with torch.no_grad():
             for p, saved in zip(masters, state["masters"], strict=True):
@@ -265,12 +270,12 @@ class GroupCache:
         self.place, self.width = torch.full((1,), -1, device=attn.device), min(256, max_suffix)
 
     def next_place(self):
-        """Move on to the next column of the suffixes, which all look at from now on."""
+        """Move on to the next column of the suffixes, which every row looks at from now on."""
         self.place += 1
         self.hidden.index_fill_(1, self.prompt_mask.shape[1] + self.place, False)
 
     def append(self, layer, key, value):
-        """Store one token's key and value, (R, Hkv, 1, D) each, at `place`; return all of the layer's so far."""
+        """Store one token's key and value, (R, Hkv, 1, D) each, at `place`; return two (R, Hkv, width, D)."""
         if layer not in self.suffix:
             shape = (*key.shape[:2], self.max_suffix, key.shape[3])
             self.suffix[layer] = key.new_zeros(shape), value.new_zeros(shape)
@@ -339,9 +344,10 @@ def attend_all(query, key, value, cache, scale):
 
 
 def attend_next(query, prompt, suffix, hidden):
-    """query (R, heads, 1, D) over a shared prompt and its own suffix, of which S columns are read -> (R, 1, heads, D).
+    """query (R, heads, 1, D) over a shared prompt and S columns of its own suffix -> (R, 1, heads, D).
 
-    The queries of a group, and of the heads that share a key head, fold into one product with the prompt's keys.
+    hidden: (B, P + S or more), True where no query looks. The queries of a group, and of the heads that share a key
+    head, fold into one product with the prompt's keys.
     """
     (B, Hkv, P, D), (R, heads, *_), S = prompt[0].shape, query.shape, suffix[0].shape[2]
     group, share = R // B, heads // Hkv
@@ -379,9 +385,9 @@ def use_group_attention(policy):
             logits = model(rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
             expected.append(log_policy(logits, 1.0).gather(2, tokens[..., None])[..., 0])
         model.train(training).set_attn_implementation("group")
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # what is refused, and what other families' own kinds of calls end in
+        if out_of_memory(error):
+            raise
         raise UserError(f"group attention does not work with {type(model).__name__}: {first_line(error)}") from error
     expected = torch.cat(expected) * block.mask
     error = ((found - expected).norm(dim=(1, 2)) / expected.norm()).max()
@@ -499,9 +505,9 @@ def as_graph(step, policy):
         with torch.cuda.stream(stream), torch.cuda.graph(graph, capture_error_mode="thread_local"), refused_waits():
             step()
         return graph.replay
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # the model waits for numbers from the GPU, as some that mix experts or stretch positions
+    except RuntimeError as error:  # the model waits for numbers from the GPU, to choose experts or to stretch positions
+        if out_of_memory(error):
+            raise
         policy.graphs = False
         return step
 

@@ -206,13 +206,17 @@ def test_sampler_and_scorer_are_the_policy_itself(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_gpu_repeats_what_single_calls_and_the_cpu_draw(family, gpu):
+def test_a_gpu_repeats_what_single_calls_and_the_cpu_draw(family, gpu, monkeypatch):
     """A decode step that a GPU repeats as a graph reads and writes at fixed places: one that moved would be lost."""
     policy, blocks = Policy(build(family).cuda(), build_tokenizer(), stop_ids=STOPS), []
+    replay, replays = torch.cuda.CUDAGraph.replay, []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
     for graphs in (True, True, False):
         policy.graphs &= graphs
+        replays.clear()
         blocks.append(sample(policy, PROMPTS, 8, 10, 0.7, STREAMS))
-        assert policy.graphs is graphs and blocks[-1].ended.any() and not blocks[-1].ended.all()
+        assert policy.graphs is graphs and len(replays) == 9 * graphs
+        assert blocks[-1].ended.any() and not blocks[-1].ended.all()
         assert (token_logprobs(policy, blocks[-1], 0.7) - blocks[-1].logp).abs().max() < 1e-4
     blocks.append(sample(build_policy(family, stop_ids=STOPS), PROMPTS, 8, 10, 0.7, STREAMS))
     for other in blocks[1:]:
@@ -248,23 +252,15 @@ def test_a_gpu_learns_what_the_cpu_learns(dtype, tolerance, gpu):
     assert len(gradients[0]) == 4 and all(close(b, a, tolerance) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_long_completion_is_sampled_as_it_is_scored():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_long_completion_is_sampled_as_it_is_scored(device, request):
     """Decode steps read a part of the suffixes that doubles: the columns behind it were not seen, or zeros were."""
-    policy = build_policy(stop_ids=[])
+    if device == "cuda":
+        request.getfixturevalue("gpu")
+    policy = Policy(build().to(device), build_tokenizer(), stop_ids=[])
     block = sample(policy, PROMPTS, 2, 300, 0.7, STREAMS)
     assert block.tokens.shape == (6, 300)
     assert (token_logprobs(policy, block, 0.7) - block.logp).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("place", ["train.AutoModelForCausalLM.from_pretrained", "magrpo.sample"])
-def test_too_little_memory_at_the_start_is_called_that(files, capsys, monkeypatch, place):
-    """A GPU that another run had filled was called a model that cannot be loaded, or one of the wrong family."""
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(place, full)
-    assert train.main(arguments(files, "")) == 1 and "error: out of memory; what helps" in capsys.readouterr().err
 
 
 def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch, capsys):
@@ -1640,16 +1636,27 @@ def test_what_is_not_finite_stops_the_run(short_run, tmp_path, capsys, monkeypat
     torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
 ], ids=["cuda", "numpy", "cpu"])  # fmt: skip
-def test_out_of_memory_says_what_helps(files, tmp_path, capsys, monkeypatch, error):
-    """A page of traceback ended in a number of bytes."""
+@pytest.mark.parametrize(
+    "place",
+    """train.AutoModelForCausalLM.from_pretrained magrpo.sample magrpo.Policy.load_state
+    magrpo.policy_loss""".split(),
+)
+def test_out_of_memory_says_what_helps(short_run, tmp_path, capsys, monkeypatch, place, error):
+    """A page of traceback ended in a number of bytes; at the start, it was called a model of the wrong family."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(magrpo, "policy_loss", fail)
-    assert train.main(arguments(files, tmp_path / "run")) == 1
+    out = shutil.copytree(short_run, tmp_path / "run")
+    monkeypatch.setattr(place, fail)
+    assert train.main([f"--resume={out}", "--steps=3"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(word in line for word in ("memory", "--micro-batch", "--checkpointing", "--max-new-tokens"))
+
+
+def test_what_nccl_says_is_not_hidden():
+    """Every error of NCCL was called a process that has gone, and its cause was lost."""
+    assert train.explain(torch.distributed.DistBackendError("NCCL error, unhandled system error")) is None
 
 
 def test_micro_batch_bounds_the_logits():

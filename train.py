@@ -36,7 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from magrpo import Policy, Ranks, UserError, evaluate, first_line, fit_prompt, train_step
+from magrpo import Policy, Ranks, UserError, evaluate, first_line, fit_prompt, out_of_memory, train_step
 from tasks import FEEDBACK, TASKS, Expert
 
 # ---------------------------------------------------------------- options
@@ -226,9 +226,9 @@ def load_model(name, device):
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
         return model.to(device), AutoTokenizer.from_pretrained(name)
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         reason = first_line(error)
         raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
 
@@ -558,9 +558,9 @@ def load_checkpoint(folder, config, policies, data, log, ranks):
         file = path / f"agent_{policy.agents[0]}.pt"
         try:
             policy.load_state(torch.load(file, map_location="cpu", weights_only=True))
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, OSError) as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"--resume {folder}: {file} does not fit this model: {first_line(error)}") from error
     log.cut(manifest["log"])
     return manifest["step"], manifest["before"]
@@ -789,8 +789,9 @@ def explain(error):
         return 2, str(error)
     if isinstance(error, (FloatingPointError, WriteError)):
         return 1, f"{error}; the run has stopped; --resume goes on from its last checkpoint, if --save-every wrote one"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return 1, "out of memory; what helps: --micro-batch 1, --checkpointing, a smaller --max-new-tokens"
+    if out_of_memory(error):
+        helps = "--micro-batch 1, --checkpointing, a smaller --max-new-tokens, a device that nothing else fills"
+        return 1, f"out of memory; what helps: {helps}"
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or "gloo/transport" in str(error):
         time.sleep(2)  # torchrun blames the first process that ends, so let it see the one that did
         return 1, f"another process has gone, torchrun names it below ({first_line(error)})"

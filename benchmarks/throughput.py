@@ -4,9 +4,9 @@
     python benchmarks/throughput.py --peer comlrl          beside the reference library (pip install comlrl==1.4.3)
     python benchmarks/throughput.py --peer trl             beside TRL's GRPOTrainer (pip install trl==1.16)
 
-Every completion has exactly --new-tokens tokens, and ours makes as many optimizer steps as the peer: one of each agent
-for each item, as CoMLRL, or beside TRL one for all items together. Each runs in a process of its own, for its own peak
-memory, and prints one JSON line: prompt_s, rollout_s and update_s (seconds per item, all agents), peak_rss_gb. TRL
+Every completion has exactly --new-tokens tokens. Each agent makes one optimizer step for each item, as CoMLRL does, but
+beside TRL, which makes one for all items together, ours does so, too. Each runs in a process of its own, for its own
+peak memory, and prints one JSON line: prompt_s, rollout_s and update_s (seconds per item, all agents), peak_rss_gb. TRL
 trains one agent: its seconds are multiplied by the number of agents. With a peer, a last line has the ratio. Times are
 medians over the steps. Lengths are fixed, so the weights do not matter.
 """
@@ -70,7 +70,8 @@ def run_ours(args):
         dtype = getattr(torch, args.dtype)
         policies.append(Policy(model, tokenizer, [agent], lr=1e-6, dtype=dtype, stop_ids=[]))
     sampling = {"group": args.group, "max_new_tokens": args.new_tokens, "temperature": 1.0}
-    fitting = {"minibatches": args.minibatches, "normalize": "sequence", "micro_batch": args.micro_batch}
+    minibatches = 1 if args.peer == "trl" else args.prompts
+    fitting = {"minibatches": minibatches, "normalize": "sequence", "micro_batch": args.micro_batch}
     items, rollout_s, update_s = posts(args, args.steps + 1), [], []
     for step in range(args.steps + 1):
         part = items[step * args.prompts : (step + 1) * args.prompts]
@@ -200,8 +201,9 @@ def run_trl(args):
 def measure(args, which):
     """Run one implementation in a process of its own and read its line."""
     command = [sys.executable, __file__, "--run", which]
-    for name in ("model", "prompts", "group", "new_tokens", "agents", "dtype", "steps", "micro_batch", "minibatches"):
+    for name in ("model", "prompts", "group", "new_tokens", "agents", "dtype", "steps", "micro_batch"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    command += ["--peer", args.peer] if args.peer else []
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{which} failed:\n{result.stderr[-2000:]}")
@@ -217,16 +219,13 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--agents", type=int, default=2)
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of ours; the peer's is its default"
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of ours; peers: bfloat16 on a GPU"
     )
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--minibatches", type=int, help="optimizer steps of ours for its items; default: as the peer")
     parser.add_argument("--peer", choices=["comlrl", "trl"])
     parser.add_argument("--run", choices=["ours", "comlrl", "trl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.minibatches:
-        args.minibatches = 1 if args.peer == "trl" else args.prompts
     if not args.model:
         from train import default_model
 
