@@ -129,8 +129,8 @@ class Policy:
         if rope.get("rope_type") == "longrope":  # beyond this length, all positions turn at other frequencies
             limits.append(rope.get("original_max_position_embeddings"))
         self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
-        current = torch.device("cuda", torch.cuda.current_device()) if model.device.type == "cuda" else None
-        self.graphs = mesh is None and model.device == current  # a graph is captured on the current device
+        # a graph is captured on the current device
+        self.graphs = mesh is None and model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
         use_group_attention(self)
         if mesh is not None:
             shard(model, mesh, dtype)

@@ -1636,11 +1636,9 @@ def test_what_is_not_finite_stops_the_run(short_run, tmp_path, capsys, monkeypat
     torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
 ], ids=["cuda", "numpy", "cpu"])  # fmt: skip
-@pytest.mark.parametrize(
-    "place",
-    """train.AutoModelForCausalLM.from_pretrained magrpo.sample magrpo.Policy.load_state
-    magrpo.policy_loss""".split(),
-)
+@pytest.mark.parametrize("place", [
+    "train.AutoModelForCausalLM.from_pretrained", "magrpo.sample", "magrpo.Policy.load_state", "magrpo.policy_loss",
+])  # fmt: skip
 def test_out_of_memory_says_what_helps(short_run, tmp_path, capsys, monkeypatch, place, error):
     """A page of traceback ended in a number of bytes; at the start, it was called a model of the wrong family."""
 
