@@ -1,49 +1,330 @@
-"""MAGRPO: several language models, fine-tuned together by reinforcement learning, learn to cooperate.
+"""MAGRPO: language models that learn to cooperate.
 
-Multi-Agent Group Relative Policy Optimization (arXiv 2508.04652). One training step:
+Multi-Agent Group Relative Policy Optimization (arXiv 2508.04652), in one file to read from top to bottom.
 
-    rollout           every agent samples G completions of its own prompt, not seeing the others' (`sample`);
-                      they are paired into K joint actions, each with one joint reward (`joint_actions`);
-                      with several turns, every joint action becomes a node of the next turn
-    returns_to_go     return of a joint action = its reward + discount * mean return of its continuations
-    group_advantages  how much better a completion did than its group; no critic is needed
-    policy_loss       raise or lower the probability of its tokens accordingly, clipped as in PPO
-    update            minibatches of items with their trees, one optimizer step each, in pieces that fit the memory
+The problem. N agents answer at the same time, each from its own prompt, and none sees what the others write (a
+Dec-POMDP). Their answers together earn one reward. Which agent earned it, and which should have written something else?
 
-One letter per axis: N agents, H turns, B nodes of a turn (an item and the history that led there), G completions of
-an agent at a node (its group), K joint actions of a node, R = B * G rows of a block, P prompt tokens, C completion
-tokens, V vocabulary, D head dimension, Hkv key heads; A agents that one policy plays.
+The idea. Let every agent answer G times, pair the answers into joint actions, and reward each of these. An answer that
+did better than the average of its group becomes more likely, one that did worse becomes less likely. The group's
+average stands in for the critic that PPO would have to train.
 
-A rollout is a list of turn tables, so a single turn is a list of one, evaluation is a rollout, and GRPO is N = 1.
-README.md lists the differences from the paper and from the reference code, with reasons.
+    sample      y[i,1], ..., y[i,G] ~ pi_i( . | x_i)        G completions by each agent i           sample
+    pair        (y[1,g], ..., y[N,g])                       K joint actions (aligned: K = G)        joint_actions
+    reward      r_k = reward(joint action k)                one number for all agents               judge
+    return      R_k = r_k + gamma * mean return of the next turn, if there is one                   assign_credit
+    advantage   A[i,g] = (R_g - mean R) / std R             mean and std of the group               group_advantages
+    ratio       rho_t = pi_i(y_t) / pi_i,old(y_t)           old: the policy that sampled            token_logprobs
+    loss        L_i = - sum_t w_t min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A)                     policy_loss
+    step        AdamW on the weights of each agent                                                  update
+
+One step in numbers. Two agents summarise a post, G = 4, and the joint actions earn 1, 3, 2 and 2. The mean is 2 and the
+standard deviation 0.71, so the advantages are -1.41, +1.41, 0 and 0, for both agents alike. Agent 1's second completion
+has 20 tokens. Each of them has weight 1 / (20 tokens * 4 completions) = 0.0125 and, as nothing has been updated yet,
+the ratio 1. So the gradient pushes the log-probability of each of these tokens up with a force of 0.0125 * 1.41 =
+0.018. The two completions with advantage 0 teach nothing.
+
+A single turn is a tree of depth one, evaluation is a rollout without an update, and N = 1 is GRPO.
+Shapes: N agents, B prompts (one for each group), G completions of a prompt, R = B * G rows, K joint actions, P prompt
+tokens, C completion tokens, V vocabulary, D head dimension, Hkv key heads.
+Read down to the line that says MACHINERY, and you have read MAGRPO.
 """
 
 import contextlib
-import functools
-import itertools
-import os
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 
+@dataclass
+class Settings:
+    """The options of the algorithm. train.py adds those of a run, and makes the command line from both."""
+
+    # rollout
+    prompts: int = 4  # items per step
+    group: int = 4  # completions of each agent for one prompt (G)
+    joint: Literal["aligned", "crossed"] = "aligned"  # pair the g-th completions of all agents, or all with all
+    temperature: float = 0.8  # sampling temperature; it is a part of the policy, in training and in evaluation
+    max_new_tokens: int = 80  # longest completion, in tokens
+    seed: int = 0  # of all random numbers
+    eval_group: int = 2  # completions of each agent for one held-out item
+    # turns
+    num_agents: int = 2  # agents (N); 1 is GRPO
+    turns: int = 1  # turns; after each, the agents read feedback and answer again
+    discount: float = 1.0  # gamma, the discount of the next turn's return
+    stop_above: float = float("inf")  # do not continue a node whose mean reward is above this
+    guided_from: int = 1  # first step with the expert; before it, feedback is plain
+    # update
+    lr: float = 6e-5  # learning rate of AdamW
+    warmup: int = 8  # optimizer steps in which the learning rate rises
+    advantage: Literal["std", "mean", "rloo", "max", "raw"] = "std"  # baseline and scale of the advantage
+    minibatches: int = 0  # optimizer steps per pass over a rollout; 0: one for each item of the step
+    epochs: int = 1  # passes over a rollout
+    clip_eps: float = 0.2  # the ratio to the sampling policy is clipped below 1 - this
+    clip_eps_high: float = 0.2  # and above 1 + this, whatever --clip-eps is
+    kl: float = 0.0  # weight of the divergence from the initial policy; keeps a frozen copy of it
+    normalize: Literal["sequence", "token", "constant"] = "sequence"  # what has the same weight in the loss
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    micro_batch: int = 16  # completions in memory at a time; does not change the gradient
+
+
+def train_step(policies, task, items, cfg, step):
+    """One step of MAGRPO on the items of all processes -> this process's turns (lists of nodes), and all metrics."""
+    metrics = Metrics()
+    start = time.perf_counter()
+    turns = rollout(policies, task, world.share(items), cfg, step)
+    sampled = time.perf_counter()
+    assign_credit(turns, cfg)
+    for policy in policies:
+        groups = [node.groups[agent] for nodes in turns for agent in policy.agents for node in nodes]
+        update(policy, groups, len(items), cfg, metrics)
+    metrics.add("update_s", time.perf_counter() - sampled)
+    record_rollout(metrics, turns, sampled - start, len(items))
+    return turns, metrics.of_all_processes()
+
+
+@dataclass
+class Group:
+    """G completions of one prompt by one agent: what is compared with each other. Its tensors are on the CPU."""
+
+    agent: int
+    slot: int  # the number of the item in its step
+    turn: int
+    prompt: list  # P token ids
+    stream: tuple  # integers from which all random numbers of the group follow
+    dropped_turns: int = 0  # turns of the history that the prompt had to leave out
+    # filled in by sample
+    tokens: torch.Tensor = None  # (G, C) ids; what follows a stop token has no meaning
+    mask: torch.Tensor = None  # (G, C) True on what the policy chose, its stop token included
+    logp: torch.Tensor = None  # (G, C) log-probabilities at the time of sampling, 0 where the mask is False
+    ended: torch.Tensor = None  # (G,) True if it stopped by itself, False if it was cut at max_new_tokens
+    # filled in by assign_credit and set_weights
+    advantage: torch.Tensor = None  # (G,)
+    weight: torch.Tensor = None  # (G, C) of each token in the loss, 0 where the mask is False
+
+
+@dataclass
+class Node:
+    """One turn of an item: what was said before, what each agent says now, what that earns, and what follows."""
+
+    item: object
+    slot: int  # the number of the item in its step
+    branch: int = 0  # which path of the item's tree leads here
+    history: list = field(default_factory=list)  # {"texts": N texts, "reward": dict} of each earlier turn
+    groups: dict = field(default_factory=dict)  # agent -> Group, of the agents that this process plays
+    texts: dict = field(default_factory=dict)  # agent -> G texts, of all agents
+    rewards: list = field(default_factory=list)  # K dicts: "total", and its parts
+    children: dict = field(default_factory=dict)  # k -> the node that continues joint action k
+    returns: torch.Tensor = None  # (K,) float64
+
+    def joint_texts(self, row):
+        """The N texts of a joint action. row: which completion each agent contributes."""
+        return [self.texts[agent][g] for agent, g in enumerate(row)]
+
+
+# ---------------------------------------------------------------- rollout
+def rollout(policies, task, items, cfg, step):
+    """Grow one tree for each (slot, item), one turn after the other -> the turns, lists of nodes."""
+    pairing = joint_actions(task.num_agents, cfg)
+    nodes = [Node(item, slot) for slot, item in items]
+    turns = []
+    while nodes:
+        for policy in policies:
+            answer(policy, task, nodes, cfg, step)
+        world.exchange_texts(nodes)
+        judge(task, nodes, pairing)
+        turns.append(nodes)
+        if len(turns) == cfg.turns:
+            break
+        nodes = [child for node in nodes for child in continue_node(task, node, pairing, cfg)]
+        if task.expert and step >= cfg.guided_from:
+            ask_expert(task, nodes)
+    return turns
+
+
+def answer(policy, task, nodes, cfg, step):
+    """The agents of a policy answer G times at each node, in parallel: no agent sees another one's answer."""
+    groups = []
+    for agent in policy.agents:
+        for node in nodes:
+            turn = len(node.history)
+            # All random numbers follow from these six integers. So the same seed gives the same run, however the work
+            # is divided among processes and batches, and an item that comes twice in a step gets different answers.
+            stream = (cfg.seed, step, turn, agent, node.slot, node.branch)
+            prompt, dropped = fit_prompt(policy, task, agent, node, cfg)
+            node.groups[agent] = Group(agent, node.slot, turn, prompt, stream, dropped)
+            groups.append(node.groups[agent])
+    sample(policy, groups, cfg)
+    for node in nodes:
+        for agent in policy.agents:
+            node.texts[agent] = policy.decode(node.groups[agent])
+
+
+def joint_actions(num_agents, cfg):
+    """(K, N) table: row k says which of its G completions each agent contributes to joint action k.
+
+    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, from the same completions.
+    """
+    if cfg.joint == "aligned":
+        return torch.arange(cfg.group)[:, None].expand(cfg.group, num_agents)
+    return torch.cartesian_prod(*[torch.arange(cfg.group)] * num_agents).view(-1, num_agents)
+
+
+def judge(task, nodes, pairing):
+    """Give every joint action of every node its reward."""
+    jobs = [(node.item, node.history, node.joint_texts(row)) for node in nodes for row in pairing.tolist()]
+    rewards = [plain_numbers(reward) for reward in world.divide(task.rewards, jobs)]
+    for b, node in enumerate(nodes):
+        node.rewards = rewards[b * len(pairing) : (b + 1) * len(pairing)]
+
+
+def continue_node(task, node, pairing, cfg):
+    """The nodes of the next turn: one for each joint action that is not done."""
+    if np.mean([reward["total"] for reward in node.rewards]) > cfg.stop_above:
+        return []
+    for k, row in enumerate(pairing.tolist()):
+        history = [*node.history, {"texts": node.joint_texts(row), "reward": node.rewards[k]}]
+        if not task.done(node.item, history):
+            branch = node.branch * len(pairing) + k
+            node.children[k] = Node(node.item, node.slot, branch, history)
+    return list(node.children.values())
+
+
+# ---------------------------------------------------------------- credit, loss, update
+def assign_credit(turns, cfg):
+    """Returns of all joint actions, from the last turn back to the first, and the advantages of all completions."""
+    for nodes in reversed(turns):
+        for node in nodes:
+            node.returns = torch.tensor([reward["total"] for reward in node.rewards], dtype=torch.float64)
+            for k, child in node.children.items():
+                # The mean over the next turn's group is what this joint action can expect to earn there.
+                node.returns[k] += cfg.discount * child.returns.mean()
+            advantages = group_advantages(node.returns, joint_actions(len(node.texts), cfg), cfg)
+            for agent, group in node.groups.items():
+                group.advantage = advantages[agent]
+
+
+def group_advantages(returns, pairing, cfg):
+    """(K,) returns and the (K, N) table of joint actions -> (N, G): how much better each completion did than its group.
+
+    A completion's credit is the mean return of the joint actions that it takes part in. The baseline comes from the
+    same agent's group at the same node, so agents, turns and items with different rewards never mix.
+    """
+    member = F.one_hot(pairing, cfg.group).to(returns.dtype)  # (K, N, G): 1 where joint action k holds completion g
+    credit = torch.einsum("k,kng->ng", returns, member) / member.sum(0)  # (N, G)
+    mean = credit.mean(-1, keepdim=True)
+    best = credit.amax(-1, keepdim=True)
+    std = credit.std(-1, keepdim=True, unbiased=False)
+    kinds = {
+        "std": (credit - mean) / std,  # the paper's first version, and its code
+        "mean": credit - mean,  # the paper's later version, and Dr. GRPO
+        "rloo": (credit - mean) * cfg.group / max(cfg.group - 1, 1),  # credit less the mean of the others
+        "max": credit - best,
+        "raw": credit,  # no baseline: REINFORCE
+    }
+    # Equal credits teach nothing. Twelve rewards of 1/3 differ from their mean by rounding; divided by their standard
+    # deviation, that would be advantages of 0.7. This also makes 0 of 0 / 0.
+    spread = best - credit.amin(-1, keepdim=True)
+    flat = (spread <= 1e-9 * credit.abs().amax(-1, keepdim=True)) & (cfg.advantage != "raw")
+    return kinds[cfg.advantage].masked_fill(flat, 0.0).float()
+
+
+def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
+    """PPO's clipped objective, summed with the weights of the tokens -> scalar. All arguments (R, C); advantage (R, 1).
+
+    Where the advantage is positive, the ratio counts only up to 1 + clip_eps_high; where it is negative, only down to
+    1 - clip_eps. Beyond that the gradient is 0: the policy has moved far enough.
+    """
+    ratio = torch.exp(logp - logp_old)
+    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps_high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if logp_ref is not None:
+        # An unbiased estimate of the divergence that is never negative ("k3" in J. Schulman's note on KL, 2020).
+        d = logp_ref - logp
+        objective = objective - cfg.kl * (torch.exp(d) - d - 1)
+    return -(weight * objective).sum()
+
+
+def update(policy, groups, num_items, cfg, metrics):
+    """Fit a policy to its own completions: one optimizer step for each minibatch, in each of cfg.epochs passes."""
+    count = cfg.minibatches or num_items
+    minibatches = [[] for _ in range(count)]
+    for group in groups:
+        minibatches[group.slot * count // num_items].append(group)
+        metrics.add("flat_groups", not group.advantage.any())
+    teaches = [set_weights(minibatch, cfg) for minibatch in minibatches]
+    fresh = True  # the policy is still the one that sampled
+    for m in list(range(count)) * cfg.epochs:
+        if not teaches[m] and not cfg.kl:
+            continue  # no step either: Adam's momentum would move the weights without a gradient
+        for batch in micro_batches(minibatches[m], cfg, policy.model.device):
+            logp = token_logprobs(policy, batch, cfg)
+            # Before the first step the ratio is exactly 1, which the sampler's numbers would give only up to rounding.
+            logp_old = logp.detach() if fresh else batch.logp
+            logp_ref = token_logprobs(policy.reference, batch, cfg) if cfg.kl else None
+            loss = policy_loss(logp, logp_old, batch.advantage, batch.weight, cfg, logp_ref)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()}: {batch}")
+            loss.backward()
+            policy.collect_gradients()
+            record_ratio(metrics, logp.detach(), batch, cfg, fresh)
+        world.sum_gradients(policy.masters)
+        metrics.add(f"grad_norm/agent_{policy.agents[0]}", policy.step(cfg.max_grad_norm))
+        fresh = False
+
+
+def set_weights(groups, cfg):
+    """Set the weight in the loss of each token of a minibatch -> whether any process can learn from the minibatch."""
+    # Totals over all processes, before the minibatch is split: neither --micro-batch nor the number of GPUs may change
+    # the gradient.
+    totals = torch.zeros(cfg.num_agents, cfg.turns, 3, dtype=torch.float64)  # completions, tokens, groups that teach
+    for group in groups:
+        counts = [len(group.tokens), group.mask.sum(), group.advantage.any()]
+        totals[group.agent, group.turn] += torch.tensor(counts, dtype=torch.float64)
+    world.sum(totals)
+    num_turns = (totals[..., 0] > 0).sum(1)  # (N,)
+    for group in groups:
+        completions, tokens, _ = totals[group.agent, group.turn]
+        shares = {  # every turn weighs the same; in a turn, every ...
+            "sequence": group.mask.sum(1, keepdim=True) * completions,  # completion, and every token of it
+            "token": tokens,  # token
+            "constant": cfg.max_new_tokens * completions,  # token, whatever was said (Dr. GRPO, arXiv 2503.20783)
+        }
+        group.weight = (group.mask / (shares[cfg.normalize] * num_turns[group.agent])).float()
+    return bool(totals[..., 2].any())
+
+
+def micro_batches(groups, cfg, device):
+    """Split a minibatch into batches of at most cfg.micro_batch completions, similar lengths together."""
+    groups = [group for group in groups if group.advantage.any() or cfg.kl]  # the others have no gradient
+    groups.sort(key=lambda group: group.tokens.shape[1], reverse=True)
+    together = max(cfg.micro_batch // cfg.group, 1)  # groups; a group that is larger than a batch is split
+    for i in range(0, len(groups), together):
+        for start in range(0, cfg.group, cfg.micro_batch):
+            yield Batch(groups[i : i + together], slice(start, start + cfg.micro_batch), device)
+
+
+# =====================================================================================================================
+# MACHINERY. The algorithm ends here. What follows makes it run: the policy, attention that computes a prompt once for
+# its whole group, sampling and scoring, several processes, metrics.
+# =====================================================================================================================
+
+
 class UserError(ValueError):
-    """Something the user can mend; `train.py` prints it as one line and exits with code 2."""
+    """Something the user can mend. train.py prints it as one line and exits with code 2."""
 
 
 def first_line(error):
-    """What an error says, in one line; its kind where it says nothing."""
+    """What an error says, in one line; its type where it says nothing."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
@@ -53,40 +334,108 @@ def out_of_memory(error):
 
 
 # ---------------------------------------------------------------- the policy
-
-
 def log_policy(logits, temperature):
     """The one definition of the policy: (..., V) logits -> (..., V) float32 log-probabilities.
 
-    Sampler and scorer both call it. There is no top-k or top-p: they would sample from one distribution and train
-    another.
+    Sampler and scorer both call it, so the policy that is trained is the one that sampled. There is no top-k or top-p:
+    with them, a token could be drawn from one distribution and scored by another.
     """
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
-class TokenLogProb(torch.autograd.Function):
-    """`log_policy(logits, temperature)` at the tokens, (R, C, V) and (R, C) -> (R, C), one row at a time.
+class Policy:
+    """A language model that plays one agent or several, with its tokenizer and, if it trains, its optimizer.
 
-    The same as gather after log_policy; but float32 copies of the logits, the largest tensors of training, exist for
-    one row only, and the backward pass writes the gradient once, softmax less one-hot, instead of adding up zeros.
+    One policy for each agent is the paper's setting; one policy for all agents is parameter sharing. dtype: what the
+    model computes in. The optimizer keeps float32 copies of lower-precision weights (masters), because a step at the
+    usual learning rates is smaller than the spacing of bfloat16 numbers and would be lost.
     """
 
-    @staticmethod
-    def forward(ctx, logits, tokens, temperature):
-        ctx.save_for_backward(logits, tokens)
-        ctx.temperature = temperature
-        rows = zip(logits, tokens, strict=True)
-        return torch.stack([log_policy(x, temperature).gather(-1, t[:, None])[:, 0] for x, t in rows])
+    def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True):
+        prepare_layers(model)
+        self.model, self.tokenizer, self.agents, self.dtype = model, tokenizer, list(agents), dtype
+        self.reference = None  # another Policy, frozen, for the kl term
+        self.stop_ids = known_stop_ids(model, tokenizer)
+        self.context = context_length(model.config)  # tokens of a prompt and its completion together
+        # A CUDA graph is captured on the current device.
+        self.graphs = model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
+        use_group_attention(self)
+        self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if train else []
+        if dtype != torch.float32:
+            self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
+            for p in model.parameters():  # not model.to(dtype), which would also round the rotary frequencies
+                p.data = p.data.to(dtype)
+        if train:
+            self.optimizer = torch.optim.AdamW(self.masters, lr=cfg.lr, weight_decay=0.0, fused=True)
+            # Adam's first steps move every weight by the whole learning rate, however small its gradient.
+            warmup = lambda n: min(1, (n + 1) / (cfg.warmup + 1))  # noqa: E731
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, warmup)
 
-    @staticmethod
-    def backward(ctx, grad):
-        logits, tokens = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        for x, t, g, o in zip(logits, tokens, grad, out, strict=True):
-            dlogits = log_policy(x, ctx.temperature).exp_().mul_(-g[:, None])  # (C, V)
-            dlogits.scatter_add_(-1, t[:, None], g[:, None])
-            o.copy_(dlogits.div_(ctx.temperature))
-        return out, None, None
+    def encode(self, prompt):
+        """Token ids of a text, as one user message where the tokenizer has a chat template. Lists pass through."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(prompt)["input_ids"]
+        message = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+
+    def decode(self, group):
+        """The G texts of a group, without the stop token and what follows it."""
+        lengths = group.mask.sum(1) - group.ended.long()
+        rows = zip(group.tokens.tolist(), lengths.tolist(), strict=True)
+        return [self.tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in rows]
+
+    def collect_gradients(self):
+        """Add the model's gradients to those of the masters, in float32."""
+        for p, master in zip(self.trained, self.masters, strict=True):
+            if p is not master and p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+    def step(self, max_grad_norm):
+        """One optimizer step, with the gradient clipped to a norm. Returns the norm that it had."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
+        if not np.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm of agent {self.agents[0]} is {norm}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.copy_masters()
+        return norm
+
+    @torch.no_grad()
+    def copy_masters(self):
+        """Round the masters to the precision that the model computes in."""
+        for p, master in zip(self.trained, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+
+    def state(self):
+        """What a checkpoint keeps: float32 weights, the optimizer's moments, the schedule."""
+        masters = [p.detach() for p in self.masters]
+        return {"masters": masters, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state(self, state):
+        """Continue from a checkpoint, equal to the last bit."""
+        with torch.no_grad():
+            for p, saved in zip(self.masters, state["masters"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.copy_masters()
+
+
+def prepare_layers(model):
+    """Switch off dropout, and compute single tokens in the faster order (see Linear)."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Linear
+        # With dropout, the policy that is scored would not be the one that sampled. Some families call the function,
+        # with rates that they keep under names of their own.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
 
 
 class Linear(torch.nn.Linear):
@@ -102,406 +451,291 @@ class Linear(torch.nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-class Policy:
-    """A language model that plays one role or several, with its tokenizer and, when it trains, its optimizer.
-
-    agents: the roles it plays. One policy per agent is the paper's setting; one policy for all is parameter sharing.
-    lr: learning rate of AdamW in float32, reached linearly over `warmup` optimizer steps; None for a policy that only
-    answers. dtype: what forward and backward compute in. Other than float32, the optimizer keeps float32 master
-    weights: steps at the usual 1e-6 to 1e-5 are smaller than the spacing of bfloat16 numbers and would be lost. mesh:
-    the ranks that share one copy of the weights, gradients and moments, in float32; parts are fetched in `dtype` for
-    the time that they are needed. graphs: whether decode steps are repeated as CUDA graphs.
-    """
-
-    def __init__(self, model, tokenizer, agents=(0,), lr=None, dtype=torch.float32, stop_ids=None, warmup=0, mesh=None):
-        for module in model.modules():
-            if type(module) is torch.nn.Linear:
-                module.__class__ = Linear
-            # the policy that is scored must be the one that sampled; some families have rates of their own
-            for name, value in vars(module).items():
-                if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
-                    setattr(module, name, 0.0)
-        self.model, self.tokenizer, self.agents, self.dtype, self.mesh = model, tokenizer, list(agents), dtype, mesh
-        self.reference = None  # another Policy, frozen, for the kl term
-        self.stop_ids = known_stop_ids(model, tokenizer) if stop_ids is None else list(stop_ids)
-        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # beyond this length, all positions turn at other frequencies
-            limits.append(rope.get("original_max_position_embeddings"))
-        self.context = min(filter(None, limits), default=None)  # tokens of a prompt and its completion
-        # a graph is captured on the current device
-        self.graphs = mesh is None and model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
-        use_group_attention(self)
-        if mesh is not None:
-            shard(model, mesh, dtype)
-        self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if lr else []
-        if mesh is None:
-            if dtype != torch.float32:
-                self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
-            for p in model.parameters():  # not model.to(dtype), which would round the rotary frequencies, too
-                p.data = p.data.to(dtype)
-        if lr:
-            self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
-            # Adam's first steps have the full size in every weight, whatever the gradient's: the largest of the run
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1, (n + 1) / (warmup + 1)))
-
-    def encode(self, prompt):
-        """Token ids of a prompt, as one user message where the tokenizer has a chat template. Lists pass through."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(prompt)["input_ids"]
-        message = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-
-    def decode(self, completions):
-        """The R texts of a block, without the stop token and what follows."""
-        lengths = completions.mask.sum(1) - completions.ended.long()
-        rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
-        return [self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in rows]
-
-    def whole_weights(self, keep):
-        """Sharded weights by name, in full, where `keep` is true; None where nothing is sharded."""
-        if self.mesh is None:
-            return None
-        tensors = self.model.state_dict(keep_vars=True)
-        names = {id(tensor): name for name, tensor in reversed(tensors.items())}.values()  # tied weights once
-        return {name: whole(tensors[name].detach(), keep) for name in names}
-
-    def state(self, keep=True):
-        """What a checkpoint keeps: float32 weights and the optimizer's moments, however many ranks they are split over.
-
-        Of sharded weights, all ranks have to call this, and those with `keep` get them.
-        """
-        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
-        moments = {i: {name: whole(x, keep) for name, x in s.items()} for i, s in optimizer["state"].items()}
-        masters = [whole(p.detach(), keep) for p in self.masters]
-        return {"masters": masters, "optimizer": optimizer | {"state": moments}, "schedule": schedule}
-
-    def load_state(self, state):
-        """Continue from a checkpoint: weights and moments to the last bit."""
-        masters, moments = self.masters, state["optimizer"]["state"]
-        with torch.no_grad():
-            for p, saved in zip(masters, state["masters"], strict=True):
-                p.copy_(part(saved, p))
-        moments = {i: {name: part(x, masters[i]) for name, x in s.items()} for i, s in moments.items()}
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
-        self.schedule.load_state_dict(state["schedule"])
-        self.copy_masters()
-
-    @torch.no_grad()
-    def copy_masters(self):
-        """Round the masters to the precision that the model computes in."""
-        if self.masters is not self.trained:
-            for p, master in zip(self.trained, self.masters, strict=True):
-                p.copy_(master)
-
-    def collect_gradients(self):
-        """Add the model's gradients to the masters', in float32."""
-        if self.masters is not self.trained:
-            for p, master in zip(self.trained, self.masters, strict=True):
-                if p.grad is not None:
-                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                    p.grad = None
-
-    def step(self, max_grad_norm):
-        """Clip, step, and copy the masters to the model. Returns the gradient norm before clipping."""
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm.item()}")
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.copy_masters()
-        return norm.item()
-
-
-def shard(model, mesh, dtype):
-    """Split the weights over the ranks of a mesh, with FSDP2. Gradients are summed, not averaged."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    for module in [*layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def whole(tensor, keep=True):
-    """All of a tensor. A sharded one is gathered, a collective of its ranks, to the CPU of those that keep it."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    tensor = tensor.full_tensor()
-    return tensor.cpu() if keep else None
-
-
-def part(tensor, like):
-    """This rank's shard of a whole tensor where `like` is sharded. Scalars are not."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 def known_stop_ids(model, tokenizer):
     """All token ids that end an answer: a model can have several."""
-    places = (model.generation_config, model.config, tokenizer)
-    found = [getattr(place, "eos_token_id", None) for place in places]
-    return sorted({i for ids in found if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])})
+    found = []
+    for place in (model.generation_config, model.config, tokenizer):
+        ids = getattr(place, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [ids]
+    return sorted(set(found) - {None})
 
 
-# ---------------------------------------------------------------- attention of a group
+def context_length(config):
+    """How many tokens a prompt and its completion may have together; infinite if there is no limit."""
+    # Beyond a sliding window, or beyond the length up to which longrope has one set of frequencies, the sampler and the
+    # scorer would compute a token in different ways.
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope.get("original_max_position_embeddings"))
+    return min(filter(None, limits), default=float("inf"))
 
 
-class GroupCache:
-    """Keys and values of B prompts, once each, and of the R = B * G suffixes that grow from them.
+def fit_prompt(policy, task, agent, node, cfg):
+    """Token ids of an agent's prompt at a node, and how many of its oldest turns it had to leave out to fit."""
+    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+    for dropped in range(len(node.history) + 1):
+        ids = policy.encode(task.prompts(node.item, node.history[dropped:])[agent])
+        if max(ids, default=0) >= vocabulary:
+            raise UserError(f"token {max(ids)} of the tokenizer is none of the model's {vocabulary}: they do not fit")
+        if len(ids) + cfg.max_new_tokens <= policy.context:
+            return ids, dropped
+    raise UserError(
+        f"a prompt of {len(ids)} tokens and {cfg.max_new_tokens} new ones exceed the model's context of "
+        f"{policy.context}: shorten the item or lower --max-new-tokens"
+    )
 
-    prompt[layer]: two tensors (B, Hkv, P, D) for Hkv key heads. suffix[layer]: two (R, Hkv, C, D), filled up to the
-    column `place`, zeros behind it. attn: (B, P), True on the prompts' tokens. prompt_mask: (B, P), True where a suffix
-    may look: not on the last token, which opens every suffix. hidden: (B, P + C), True where the token at `place` may
-    not look. A decode step can be a CUDA graph: `place` is a tensor, (1,), and no shape depends on it. It reads `width`
-    of the C columns, however few are filled; the sampler doubles that when it has to.
+
+# ---------------------------------------------------------------- one prompt for a group
+class Prompts:
+    """B prompts as a tensor, padded on the right, where a causal prompt never looks.
+
+    The last token of a prompt opens each of its G completions: it is computed as their first column. So the logits of
+    every completion column predict the next token, and the first sampled token is no special case. Completions look at
+    the prompt without that token, and at what they have said themselves.
     """
 
-    def __init__(self, attn, group, max_suffix):
-        self.prompt_lengths, self.group, self.max_suffix = attn.sum(1).tolist(), group, max_suffix
-        self.prompt_mask = attn & attn.roll(-1, 1)
-        self.prompt_mask[:, -1] = False
-        self.prompt, self.suffix = {}, {}
-        self.hidden = F.pad(~self.prompt_mask, (0, max_suffix), value=True)
-        self.place, self.width = torch.full((1,), -1, device=attn.device), min(256, max_suffix)
-
-    def next_place(self):
-        """Move on to the next column of the suffixes, which every row looks at from now on."""
-        self.place += 1
-        self.hidden.index_fill_(1, self.prompt_mask.shape[1] + self.place, False)
-
-    def append(self, layer, key, value):
-        """Store one token's key and value, (R, Hkv, 1, D) each, at `place`; return two (R, Hkv, width, D)."""
-        if layer not in self.suffix:
-            shape = (*key.shape[:2], self.max_suffix, key.shape[3])
-            self.suffix[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        for buffer, new in zip(self.suffix[layer], (key, value), strict=True):
-            buffer.index_copy_(2, self.place, new)
-        return [buffer[:, :, : self.width] for buffer in self.suffix[layer]]
-
-    @functools.cached_property
-    def suffix_mask(self):
-        """Where each token of a whole suffix looks, (R, 1, C, P + C): at the prompt and at the suffix before it."""
-        C, before = self.max_suffix, self.prompt_mask.repeat_interleave(self.group, 0)
-        own = torch.ones(C, C, dtype=torch.bool, device=before.device).tril()
-        return torch.cat([before[:, None].expand(-1, C, -1), own.expand(len(before), C, C)], 2)[:, None]
+    def __init__(self, prompts, group, device):
+        self.group = group
+        self.lengths = [len(prompt) for prompt in prompts]
+        width = max(self.lengths)
+        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        self.ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)  # (B, P)
+        self.places = torch.arange(width, device=device).expand_as(self.ids)  # (B, P) position of each token
+        self.real = self.places < lengths  # (B, P) False on padding
+        self.visible = self.places < lengths - 1  # (B, P) where completions look
+        self.opener = self.ids.gather(1, lengths - 1).repeat_interleave(group, 0)  # (R, 1) ids
+        self.opener_place = (lengths - 1).repeat_interleave(group, 0)  # (R, 1)
 
 
-def group_attention(module, query, key, value, attention_mask, scaling=None, *, group_cache, group_phase, **kwargs):
-    """Attention of G completions that share a prompt, whose keys and values are computed once.
+def group_attention(module, query, key, value, attention_mask, scaling=None, *, group_attend, **kwargs):
+    """What stands in for a model's attention: it hands queries, keys and values to the function group_attend.
 
-    query (rows, heads, T, D), key and value (rows, Hkv, T, D); returns (rows, T, heads, D), None. group_phase says what
-    kind of call this is: "prompt" stores B prompts, which come in one row, one after the other, without padding;
-    "decode" appends one token to each of R suffixes; "score" has all at once, one row of P + G * C tokens for each
-    prompt, and stores nothing, so that gradient checkpointing may call it again. `transformers` hands both through from
-    the call of the model; a name that it uses itself, such as `cache`, would not arrive.
+    transformers passes what it does not know, such as group_attend, through from the call of the model to here. There
+    are three such functions: GroupCache.read_prompts, GroupCache.attend_next and Batch.attend_all. Each takes the
+    layer's number, query (rows, heads, T, D), key and value (rows, Hkv, T, D), and a scale, and returns
+    (rows, T, heads, D).
     """
-    cache, phase = group_cache, group_phase
-    refuse = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    window = kwargs.get("sliding_window")
-    if window is not None and window < cache.prompt_mask.shape[1] + cache.max_suffix - 1:  # one token is in both
-        refuse.append(f"a sliding window of {window} tokens, shorter than prompt and completion")
-    if refuse:
-        raise UserError(f"this model's attention uses {', '.join(refuse)}, which magrpo.py does not implement")
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise UserError(f"this model's attention uses {', '.join(unknown)}, which magrpo.py does not implement")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if phase == "decode":
-        prompt, suffix = cache.prompt[module.layer_idx], cache.append(module.layer_idx, key, value)
-        return attend_next(query * scale, prompt, suffix, cache.hidden), None
-    if phase == "score":
-        return attend_all(query, key, value, cache, scale), None
-    parts = [x.split(cache.prompt_lengths, 2) for x in (query, key, value)]
-    out = [attend_causally(*prompt, scale) for prompt in zip(*parts, strict=True)]
-    padded = (pad_sequence([x[0].transpose(0, 1) for x in rows], batch_first=True) for rows in parts[1:])
-    cache.prompt[module.layer_idx] = [x.transpose(1, 2).contiguous() for x in padded]  # (B, Hkv, P, D)
-    return torch.cat(out, 1), None
+    return group_attend(module.layer_idx, query, key, value, scale), None
 
 
 def attend_causally(query, key, value, scale):
-    """The library's attention, (rows, heads, T, D) over (rows, Hkv, T, D) twice -> (rows, T, heads, D)."""
+    """PyTorch's own attention of whole sequences -> (rows, T, heads, D)."""
     shared = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
     return out.transpose(1, 2)
 
 
-def attend_all(query, key, value, cache, scale):
-    """Rows of a prompt and its G completions, P + G * C tokens each: every completion sees the prompt and itself."""
-    B, P = cache.prompt_mask.shape
-    prompt, suffix = zip(*(x.split([P, x.shape[2] - P], 2) for x in (query, key, value)), strict=True)
-    out = attend_causally(*prompt, scale)
-    query, *suffix = (x.unflatten(2, (-1, cache.max_suffix)).transpose(1, 2).flatten(0, 1) for x in suffix)
-    share = query.shape[1] // key.shape[1]
-    # the prompt's keys are repeated here: they are small beside a layer's activations, and no scores are stored
-    keys, values = (
-        torch.cat([x.repeat_interleave(cache.group, 0), own], 2).repeat_interleave(share, 1)
-        for x, own in zip(prompt[1:], suffix, strict=True)
-    )
-    own = F.scaled_dot_product_attention(query, keys, values, cache.suffix_mask, scale=scale)
-    return torch.cat([out, own.transpose(1, 2).reshape(B, -1, *out.shape[2:])], 1)
+class GroupCache:
+    """Keys and values while sampling: of B prompts, once each, and of the R completions that grow from them.
 
-
-def attend_next(query, prompt, suffix, hidden):
-    """query (R, heads, 1, D) over a shared prompt and S columns of its own suffix -> (R, 1, heads, D).
-
-    hidden: (B, P + S or more), True where no query looks. The queries of a group, and of the heads that share a key
-    head, fold into one product with the prompt's keys.
+    prompt[layer]: two tensors (B, Hkv, P, D). own[layer]: two (R, Hkv, C, D), filled up to `column`, zeros behind it.
+    hidden: (B, P + C), True where the current token may not look. A decode step can be a CUDA graph, because `column`
+    is a tensor and no shape depends on it. It reads `width` of the C columns, however few are filled.
     """
-    (B, Hkv, P, D), (R, heads, *_), S = prompt[0].shape, query.shape, suffix[0].shape[2]
-    group, share = R // B, heads // Hkv
-    folded = query.reshape(B, group, Hkv, share, D).transpose(1, 2)  # (B, Hkv, G, share, D)
-    to_prompt = (folded.reshape(B, Hkv, -1, D) @ prompt[0].mT).view(B, Hkv, group, share, P)
-    to_suffix = query.reshape(R, Hkv, share, D) @ suffix[0].mT
-    to_suffix = to_suffix.view(B, group, Hkv, share, S).transpose(1, 2)
-    scores = torch.cat([to_prompt, to_suffix], dim=-1).float()  # (B, Hkv, G, share, P + S), not rounded to bfloat16
-    scores.masked_fill_(hidden[:, None, None, None, : P + S], float("-inf"))
-    on_prompt, on_suffix = scores.softmax(-1).to(query.dtype).split([P, S], dim=-1)
-    out = (on_prompt.reshape(B, Hkv, -1, P) @ prompt[1]).view(B, Hkv, group, share, D).transpose(1, 2)
-    own = on_suffix.transpose(1, 2).reshape(R, Hkv, share, S) @ suffix[1]
-    return out.reshape(R, 1, heads, D) + own.view(R, 1, heads, D)
+
+    def __init__(self, prompts, max_new_tokens):
+        self.prompts, self.max_new_tokens = prompts, max_new_tokens
+        self.prompt, self.own = {}, {}
+        self.hidden = F.pad(~prompts.visible, (0, max_new_tokens), value=True)
+        self.column = torch.full((1,), -1, device=prompts.ids.device)
+        self.width = min(256, max_new_tokens)
+
+    def next_column(self):
+        """Move on to the next column of the completions. From now on every row looks at it."""
+        self.column += 1
+        self.hidden.index_fill_(1, self.prompts.ids.shape[1] + self.column, False)
+
+    def read_prompts(self, layer, query, key, value, scale):
+        """Attention of all prompts, which come one after the other in one row, without padding; keeps their keys."""
+        queries, keys, values = (x.split(self.prompts.lengths, 2) for x in (query, key, value))
+        out = [attend_causally(*prompt, scale) for prompt in zip(queries, keys, values, strict=True)]
+        self.prompt[layer] = [pad_columns(keys), pad_columns(values)]
+        return torch.cat(out, 1)
+
+    def attend_next(self, layer, query, key, value, scale):
+        """Attention of one token of each row, over its prompt and S = width columns of its own.
+
+        The rows of a group, and the heads that share a key head, fold into one product with the prompt's keys.
+        """
+        if layer not in self.own:
+            shape = (*key.shape[:2], self.max_new_tokens, key.shape[3])
+            self.own[layer] = [key.new_zeros(shape), value.new_zeros(shape)]
+        for buffer, new in zip(self.own[layer], (key, value), strict=True):
+            buffer.index_copy_(2, self.column, new)
+        own_keys, own_values = (buffer[:, :, : self.width] for buffer in self.own[layer])  # (R, Hkv, S, D)
+        prompt_keys, prompt_values = self.prompt[layer]  # (B, Hkv, P, D)
+        (B, Hkv, P, D), (R, heads, *_), S = prompt_keys.shape, query.shape, self.width
+        G, share = R // B, heads // Hkv
+        query = query * scale
+        folded = query.reshape(B, G, Hkv, share, D).transpose(1, 2).reshape(B, Hkv, G * share, D)
+        to_prompt = (folded @ prompt_keys.mT).view(B, Hkv, G, share, P)
+        to_own = query.reshape(R, Hkv, share, D) @ own_keys.mT
+        to_own = to_own.view(B, G, Hkv, share, S).transpose(1, 2)  # (B, Hkv, G, share, S)
+        scores = torch.cat([to_prompt, to_own], dim=-1).float()  # softmax in float32, whatever the model computes in
+        scores.masked_fill_(self.hidden[:, None, None, None, : P + S], float("-inf"))
+        on_prompt, on_own = scores.softmax(-1).to(query.dtype).split([P, S], dim=-1)
+        out = (on_prompt.reshape(B, Hkv, G * share, P) @ prompt_values).view(B, Hkv, G, share, D).transpose(1, 2)
+        own = on_own.transpose(1, 2).reshape(R, Hkv, share, S) @ own_values
+        return out.reshape(R, 1, heads, D) + own.view(R, 1, heads, D)
+
+
+def pad_columns(parts):
+    """B tensors (1, Hkv, P_i, D) -> (B, Hkv, P, D), zeros behind the shorter ones."""
+    rows = pad_sequence([part[0].transpose(0, 1) for part in parts], batch_first=True)
+    return rows.transpose(1, 2).contiguous()
+
+
+class Batch:
+    """The completions `members` (a slice) of B groups, on the device, for one pass of the scorer: R rows of C tokens.
+
+    The model sees one row for each group, `prompt | completion 0 | completion 1 | ...`. Nothing is kept between layers,
+    so gradient checkpointing may compute a layer twice.
+    """
+
+    def __init__(self, groups, members, device):
+        self.groups = groups
+        C = max(int(group.mask[members].sum(1).max()) for group in groups)  # trimmed to the longest
+        for name in ("tokens", "mask", "logp", "weight"):  # (R, C) each
+            parts = [getattr(group, name)[members, :C] for group in groups]
+            rows = [F.pad(part, (0, C - part.shape[1])) for part in parts]
+            setattr(self, name, torch.cat(rows).to(device))
+        self.advantage = torch.cat([group.advantage[members] for group in groups]).to(device)[:, None]  # (R, 1)
+        R = len(self.tokens)
+        self.prompts = Prompts([group.prompt for group in groups], R // len(groups), device)
+        # Where each token of a completion looks, (R, 1, C, P + C): at its prompt, and at itself up to its own column.
+        prompt = self.prompts.visible.repeat_interleave(R // len(groups), 0)[:, None].expand(R, C, -1)
+        own = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(R, C, C)
+        self.looks = torch.cat([prompt, own], 2)[:, None]
+
+    def __str__(self):
+        return f"agent {self.groups[0].agent}, items {[group.slot for group in self.groups]} of the step"
+
+    def attend_all(self, layer, query, key, value, scale):
+        """Attention of whole rows: the prompt to itself, and every completion to the prompt and itself."""
+        (B, P), (R, C) = self.prompts.ids.shape, self.tokens.shape
+        share = query.shape[1] // key.shape[1]
+
+        def completions(x):  # (B, heads, P + G * C, D) -> (R, heads, C, D)
+            return x[:, :, P:].unflatten(2, (R // B, C)).transpose(1, 2).flatten(0, 1)
+
+        def with_prompt(x):  # (B, Hkv, P + G * C, D) -> (R, heads, P + C, D); no scores are kept, so this copy is cheap
+            joined = torch.cat([x[:, :, :P].repeat_interleave(R // B, 0), completions(x)], 2)
+            return joined.repeat_interleave(share, 1)
+
+        out = attend_causally(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale)  # (B, P, heads, D)
+        keys, values = with_prompt(key), with_prompt(value)
+        own = F.scaled_dot_product_attention(completions(query), keys, values, self.looks, scale=scale)
+        return torch.cat([out, own.transpose(1, 2).reshape(B, -1, *out.shape[2:])], 1)
 
 
 @torch.no_grad()
 def use_group_attention(policy):
-    """Switch the policy's model to `group_attention`, if it samples and scores with it as with its own attention.
+    """Switch the policy's model to group_attention, if it samples and scores with it as with its own attention.
 
-    Raises UserError for a model whose layers are not all of a kind that the group cache serves.
+    Raises UserError for a model whose layers do something that the three functions do not know.
     """
     AttentionInterface.register("group", group_attention)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a kernel anew for every length that it meets
-    model, training, own = policy.model, policy.model.training, policy.model.config._attn_implementation
+    model = policy.model
+    training, usual = model.training, model.config._attn_implementation
     ids = torch.randint(model.config.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
-    prompts = [ids[:3], ids[3:]]
+    cfg = Settings(group=2, max_new_tokens=3, temperature=1.0)
+    groups = [Group(0, 0, 0, ids[:3], (0,)), Group(0, 1, 0, ids[3:], (1,))]
     try:
         model.set_attn_implementation("group")
-        block = sample(policy, prompts, 2, 3, 1.0, [(0,), (1,)])
-        found = torch.stack([block.logp, token_logprobs(policy, block, 1.0)])
-        model.eval().set_attn_implementation(own)
-        expected = []
-        for prompt, tokens in zip(prompts, block.tokens.split(2), strict=True):
+        sample(policy, groups, cfg)
+        batch = Batch(groups, slice(None), model.device)
+        found = torch.stack([batch.logp, token_logprobs(policy, batch, cfg)])
+        model.eval().set_attn_implementation(usual)
+        expected = torch.zeros_like(batch.logp)
+        for b, prompt in enumerate([ids[:3], ids[3:]]):
+            tokens = batch.tokens[2 * b : 2 * b + 2]
             rows = torch.cat([tokens.new_tensor([prompt, prompt]), tokens], 1)
             logits = model(rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
-            expected.append(log_policy(logits, 1.0).gather(2, tokens[..., None])[..., 0])
+            expected[2 * b : 2 * b + 2] = log_policy(logits, 1.0).gather(2, tokens[..., None])[..., 0]
         model.train(training).set_attn_implementation("group")
-    except Exception as error:  # what is refused, and what other families' own kinds of calls end in
+    except Exception as error:  # what is refused above, and what the calls of other families end in
         if out_of_memory(error):
             raise
         raise UserError(f"group attention does not work with {type(model).__name__}: {first_line(error)}") from error
-    expected = torch.cat(expected) * block.mask
+    expected *= batch.mask
     error = ((found - expected).norm(dim=(1, 2)) / expected.norm()).max()
     if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):  # `not <` also refuses NaN
         raise UserError(f"group attention does not reproduce {type(model).__name__} (relative error {error:.1g})")
 
 
 # ---------------------------------------------------------------- sampling and scoring
-
-
-@dataclass
-class Completions:
-    """R = B * G completions of B prompts; the completions of a prompt are neighbours."""
-
-    prompt: torch.Tensor  # (B, P) ids, padded on the right
-    attn: torch.Tensor  # (B, P) True on the prompt's tokens
-    tokens: torch.Tensor  # (R, C) sampled ids; after the stop token, anything
-    mask: torch.Tensor  # (R, C) True on what the policy chose, the stop token included
-    logp: torch.Tensor  # (R, C) float32, the sampler's log-probabilities, 0 where mask is False
-    ended: torch.Tensor  # (R,) True if it stopped by itself, False if it was cut at max_new_tokens
-
-    def __post_init__(self):
-        (B, P), (R, C) = self.prompt.shape, self.tokens.shape
-        assert self.attn.shape == (B, P) and self.attn[:, 0].all(), "every prompt has a token"
-        assert self.mask.shape == self.logp.shape == (R, C) and self.ended.shape == (R,)
-        assert R % B == 0, "every prompt has the same number of completions"
-
-    @property
-    def group(self):
-        return self.tokens.shape[0] // self.prompt.shape[0]
-
-    def select(self, nodes, members):
-        """The completions `members` (a slice of G) of the prompts `nodes` (indices), trimmed to what they need."""
-        rows = (self.tokens, self.mask, self.logp, self.ended)
-        *rows, ended = (x.unflatten(0, (-1, self.group))[nodes][:, members].flatten(0, 1) for x in rows)
-        P, C = int(self.attn[nodes].sum(1).max()), int(rows[1].sum(1).max())
-        return Completions(self.prompt[nodes, :P], self.attn[nodes, :P], *(x[:, :C] for x in rows), ended)
-
-
-def pad_prompts(prompts, device):
-    """Lists of ids -> ids and mask, (B, P) each, padded on the right, where a causal prompt cannot see it."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, torch.arange(width, device=device) < lengths[:, None]
-
-
-def first_column(prompt, attn, group):
-    """What opens the suffixes: each prompt's last token, and its position, (R, 1) each.
-
-    So each suffix token's logits predict the next one, and the first sampled token is no special case.
-    """
-    last = attn.sum(1, keepdim=True) - 1  # (B, 1)
-    return prompt.gather(1, last).repeat_interleave(group, 0), last.repeat_interleave(group, 0)
-
-
-def forward(model, tokens, positions, cache, phase, **kwargs):
-    """Logits of one call of the model through `group_attention`."""
-    return model(tokens, position_ids=positions, use_cache=False, group_cache=cache, group_phase=phase, **kwargs).logits
-
-
 @torch.no_grad()
-def sample(policy, prompts, group, max_new_tokens, temperature, streams=None):
-    """Draw `group` completions of each of B prompts (texts, or lists of ids) -> Completions with R = B * group rows.
+def sample(policy, groups, cfg):
+    """Draw cfg.group completions of each group's prompt, all side by side, and fill the groups in.
 
-    streams: a tuple of non-negative integers for each prompt, from which all its random numbers follow: a completion
-    depends neither on its batch mates nor on what was drawn before. By default they come from torch's generator.
+    A completion depends on the prompt and the stream of its group alone, not on its batch mates.
     """
-    if streams is None:
-        streams = [(seed,) for seed in torch.randint(2**62, (len(prompts),)).tolist()]
-    model, device, training = policy.model, policy.model.device, policy.model.training
-    model.eval()  # in training mode, gradient checkpointing and dropout would be on
-    draws = [np.random.default_rng(s).random((group, max_new_tokens), np.float32) for s in streams]
-    uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C)
-    prompt, attn = pad_prompts([policy.encode(p) for p in prompts], device)
-    cache, (token, position) = GroupCache(attn, group, max_new_tokens), first_column(prompt, attn, group)
-    places = torch.arange(prompt.shape[1], device=device).expand_as(prompt)
-    forward(model, prompt[attn][None], places[attn][None], cache, "prompt", logits_to_keep=1)
-    stop_ids = torch.tensor(policy.stop_ids, device=device, dtype=torch.long)
-    ended = torch.zeros(len(uniform), 1, dtype=torch.bool, device=device)
-    kinds = torch.long, torch.bool, torch.float32
-    tokens, mask, logps = (torch.zeros(uniform.shape, dtype=kind, device=device) for kind in kinds)
+    model, device = policy.model, policy.model.device
+    training = model.training
+    model.eval()  # in training mode, gradient checkpointing would be on
+    shape = cfg.group, cfg.max_new_tokens
+    draws = [np.random.default_rng(group.stream).random(shape, np.float32) for group in groups]
+    uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C): one number decides each token
+    prompts = Prompts([group.prompt for group in groups], cfg.group, device)
+    cache = GroupCache(prompts, cfg.max_new_tokens)
+    call = {"position_ids": prompts.places[prompts.real][None], "use_cache": False, "logits_to_keep": 1}
+    model(prompts.ids[prompts.real][None], **call, group_attend=cache.read_prompts)  # in one row, without padding
+
+    stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
+    token, place = prompts.opener, prompts.opener_place
+    ended = torch.zeros_like(token, dtype=torch.bool)
+    tokens = torch.zeros_like(uniform, dtype=torch.long)
+    mask = torch.zeros_like(uniform, dtype=torch.bool)
+    logps = torch.zeros_like(uniform)
 
     def step():
-        """Draw the next token of every row. All of it happens in place, so that it can be repeated as a graph."""
-        cache.next_place()
-        logp = log_policy(forward(model, token, position, cache, "decode")[:, -1], temperature)  # (R, V)
-        token.copy_(inverse_cdf(logp.exp(), uniform.index_select(1, cache.place)))
-        tokens.index_copy_(1, cache.place, token)
-        mask.index_copy_(1, cache.place, ~ended)
-        logps.index_copy_(1, cache.place, logp.gather(1, token).masked_fill(ended, 0.0))
+        """Draw the next token of every row. All of it happens in place, so that it can be repeated as a CUDA graph."""
+        cache.next_column()
+        logits = model(token, position_ids=place, use_cache=False, group_attend=cache.attend_next).logits[:, -1]
+        logp = log_policy(logits, cfg.temperature)  # (R, V)
+        token.copy_(inverse_cdf(logp.exp(), uniform.index_select(1, cache.column)))
+        tokens.index_copy_(1, cache.column, token)
+        mask.index_copy_(1, cache.column, ~ended)
+        logps.index_copy_(1, cache.column, logp.gather(1, token).masked_fill(ended, 0.0))
         ended.logical_or_((token == stop_ids).any(1, keepdim=True))
-        position.add_(1)
+        place.add_(1)
 
     repeat = step
-    for length in range(1, max_new_tokens + 1):
+    for length in range(1, cfg.max_new_tokens + 1):
         if length > cache.width:
-            cache.width, repeat = min(2 * cache.width, max_new_tokens), step
+            cache.width = min(2 * cache.width, cfg.max_new_tokens)
+            repeat = step  # a graph has captured the old width
         repeat()
         if ended.all():
             break
-        if repeat is step and policy.graphs and length < max_new_tokens:
+        if repeat is step and policy.graphs and length < cfg.max_new_tokens:
             repeat = as_graph(step, policy)
     model.train(training)
     if not torch.isfinite(logps[:, :length]).all():
         raise FloatingPointError("the probabilities that the policy samples from are not finite")
-    return Completions(prompt, attn, tokens[:, :length], mask[:, :length], logps[:, :length], ended[:, 0])
+    columns = zip(*(x.cpu().split(cfg.group) for x in (tokens, mask, logps, ended)), strict=True)
+    for group, (tokens, mask, logp, ended) in zip(groups, columns, strict=True):
+        length = int(mask.sum(1).max())  # of the longest completion
+        group.tokens, group.mask, group.logp, group.ended = (
+            tokens[:, :length],
+            mask[:, :length],
+            logp[:, :length],
+            ended[:, 0],
+        )
+        group.advantage, group.weight = torch.zeros(cfg.group), torch.zeros_like(group.logp)  # no credit yet
 
 
 def as_graph(step, policy):
-    """The step as a CUDA graph: a thousand small kernels, which a GPU runs much faster than Python launches them."""
+    """A decode step as a CUDA graph: a thousand small kernels, which a GPU runs much faster than Python starts them."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # the first of these returns to the stream also where the second fails
+        # The first context returns to the stream also where the second one fails.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, capture_error_mode="thread_local"), refused_waits():
             step()
         return graph.replay
@@ -527,469 +761,147 @@ def inverse_cdf(probs, u):
     """Draw from (R, V) probabilities with one uniform number in [0, 1) for each row, (R, 1) -> ids (R, 1)."""
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    # below the total even when u * total rounds up to it: the first entry above the target has probability > 0
+    # u * total may round up to the total. Below it, the first entry above the target has a probability above 0.
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True).clamp_(max=probs.shape[-1] - 1)  # NaN is above all
 
 
-def completion_logits(model, completions):
-    """Logits of all completion tokens, (R, C, V), in one call: each row is a prompt and its G completions."""
-    (R, C), group = completions.tokens.shape, completions.group
-    prompt, attn = completions.prompt, completions.attn
-    cache, (first, last) = GroupCache(attn, group, C), first_column(prompt, attn, group)
-    (B, P), device = prompt.shape, prompt.device
-    suffix = torch.cat([first, completions.tokens[:, :-1]], 1).view(B, group * C)
-    tokens = torch.cat([prompt, suffix], 1)  # (B, P + G * C)
-    positions = (last + torch.arange(C, device=device)).view(B, group * C)
-    positions = torch.cat([torch.arange(P, device=device).expand(B, P), positions], 1)
-    return forward(model, tokens, positions, cache, "score", logits_to_keep=group * C).view(R, C, -1)
+def token_logprobs(policy, batch, cfg):
+    """Log-probability of every sampled token of a batch, (R, C) float32, with gradient; 0 where the mask is False."""
+    prompts, (R, C) = batch.prompts, batch.tokens.shape
+    before = torch.cat([prompts.opener, batch.tokens[:, :-1]], 1)  # (R, C) the token that each column's logits follow
+    places = prompts.opener_place + torch.arange(C, device=before.device)  # (R, C)
+    tokens = torch.cat([prompts.ids, before.view(len(prompts.ids), -1)], 1)  # (B, P + G * C): one row for each group
+    places = torch.cat([prompts.places, places.view(len(prompts.ids), -1)], 1)
+    call = {"position_ids": places, "use_cache": False, "logits_to_keep": R * C // len(tokens)}
+    logits = policy.model(tokens, **call, group_attend=batch.attend_all).logits.view(R, C, -1)
+    return TokenLogProb.apply(logits, batch.tokens, cfg.temperature).masked_fill(~batch.mask, 0.0)
 
 
-def token_logprobs(policy, completions, temperature):
-    """Log-probability of every sampled token, (R, C) float32, with gradient; 0 where the mask is False."""
-    logits = completion_logits(policy.model, completions)
-    return TokenLogProb.apply(logits, completions.tokens, temperature).masked_fill(~completions.mask, 0.0)
+class TokenLogProb(torch.autograd.Function):
+    """log_policy(logits, temperature) at the tokens: (R, C, V) and (R, C) -> (R, C), one row at a time.
 
-
-# ---------------------------------------------------------------- rollout
-
-
-@dataclass
-class Turn:
-    """One turn of every tree: a table of B nodes x K joint actions."""
-
-    items: list  # B items
-    slots: list  # B, the item's place in the step, the same however the step is split
-    histories: list  # B lists of one {"texts": N texts, "reward": dict} per earlier turn, with "advice" if guided
-    branches: list  # B, which path of its tree a node is
-    parent: torch.Tensor  # (B,) the cell b * K + k of the turn before that the node continues
-    joint: torch.Tensor  # (K, N) which completion of each agent forms a joint action
-    texts: list  # N x B x G
-    rewards: torch.Tensor  # (B, K) float64
-    parts: list  # B x K dicts of the reward's parts
-    completions: list  # one block for each policy, nodes of its agents one after the other: (A * B) * G rows
-    shortened: int = 0  # prompts of this rank's agents that lost their oldest turns
-
-
-def joint_actions(num_agents, group, mode):
-    """(K, N) table: row k holds which of its G completions each agent contributes to joint action k.
-
-    aligned: the g-th completions together, K = G. crossed: the Cartesian product, K = G ** N; nothing more is
-    generated, but more rewards are computed.
+    The same as gather after log_policy, with less memory: logits are the largest tensors of training. Float32 copies
+    of them exist for one row only, and the backward pass writes the gradient once, as softmax less one-hot.
     """
-    if mode == "aligned":
-        return torch.arange(group)[:, None].expand(group, num_agents)
-    if mode == "crossed":
-        return torch.cartesian_prod(*[torch.arange(group)] * num_agents).view(-1, num_agents)
-    raise UserError(f"unknown joint mode {mode!r}: choose aligned or crossed")
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature = temperature
+        rows = zip(logits, tokens, strict=True)
+        return torch.stack([log_policy(x, temperature).gather(-1, t[:, None])[:, 0] for x, t in rows])
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, tokens = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for x, t, g, o in zip(logits, tokens, grad, out, strict=True):
+            dlogits = log_policy(x, ctx.temperature).exp_().mul_(-g[:, None])  # (C, V)
+            dlogits.scatter_add_(-1, t[:, None], g[:, None])
+            o.copy_(dlogits.div_(ctx.temperature))
+        return out, None, None
 
 
-def rollout(
-    policies,
-    task,
-    items,
-    *,
-    group,
-    max_new_tokens,
-    temperature=1.0,
-    turns=1,
-    joint="aligned",
-    seed=0,
-    step=0,
-    slots=None,
-    stop_above=float("inf"),
-    guide=None,
-    ranks=None,
-):
-    """Grow one tree per item, breadth first -> list of at most `turns` Turn tables.
+# ---------------------------------------------------------------- several processes
+class World:
+    """How work is divided among the processes that torchrun started. By default there is one, which does everything.
 
-    A joint action that the task calls done, and all joint actions of a node whose mean reward passes stop_above, are
-    not continued. Random numbers are a function of (seed, step, turn, agent, slot, branch) alone. guide: called with
-    the (item, history) of all nodes that go on, returns what is stored as history[-1]["advice"] of each.
+    Layout "together": every process holds all agents. "apart": each agent lives on processes of its own, as in the
+    paper's decentralised execution. Processes with the same agents and different items are replicas: they sum
+    gradients. Processes with the same items and different agents are peers: they exchange texts, rewards and advice,
+    and nothing else crosses between agents.
     """
-    ranks, table = ranks or Ranks(), []
-    pairing = joint_actions(task.num_agents, group, joint)
-    slots = range(len(items)) if slots is None else slots
-    nodes = [(item, slot, [], 0, -1) for item, slot in zip(items, slots, strict=True)]
-    for t in range(turns):
-        if not nodes:
-            break
-        items, slots, histories, branches, parent = map(list, zip(*nodes, strict=True))
-        completions, texts, shortened = [], {}, 0
-        for policy in policies:
-            roles = [(agent, b) for agent in policy.agents for b in range(len(nodes))]
-            fitted = [fit_prompt(policy, task, agent, items[b], histories[b], max_new_tokens) for agent, b in roles]
-            prompts = [ids for ids, _ in fitted]
-            shortened += sum(dropped > 0 for _, dropped in fitted)
-            streams = [(seed, step, t, agent, slots[b], branches[b]) for agent, b in roles]
-            completions.append(sample(policy, prompts, group, max_new_tokens, temperature, streams))
-            answers = policy.decode(completions[-1])
-            for i, (agent, _) in enumerate(roles):
-                texts.setdefault(agent, []).append(answers[i * group : (i + 1) * group])
-        texts = {agent: answers for part in ranks.exchange(texts) for agent, answers in part.items()}
-        texts = [texts[agent] for agent in range(task.num_agents)]
-        parts = joint_rewards(task, items, histories, texts, pairing, ranks)
-        rewards = torch.tensor([[p["total"] for p in row] for row in parts], dtype=torch.float64)
-        cells = rewards, parts, completions, shortened
-        table.append(Turn(items, slots, histories, branches, torch.tensor(parent), pairing, texts, *cells))
-        nodes = next_nodes(task, table[-1], stop_above)
-        if guide and t + 1 < turns:
-            advise(guide, nodes, ranks)
-    return table
+
+    rank = peer = replica = 0
+    size = num_peers = num_replicas = 1
+    replicas = peers = None  # process groups
+
+    def start(self, layout, num_agents):
+        """Divide the processes of torch.distributed."""
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.num_peers = num_agents if layout == "apart" else 1
+        if self.size % self.num_peers:
+            raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
+        self.num_replicas = self.size // self.num_peers
+        self.peer, self.replica = divmod(self.rank, self.num_replicas)
+        grid = torch.arange(self.size).view(self.num_peers, self.num_replicas)
+        # Every process has to create every process group, in the same order.
+        self.replicas = [dist.new_group(row) for row in grid.tolist()][self.peer]
+        self.peers = [dist.new_group(column) for column in grid.T.tolist()][self.replica]
+
+    def share(self, items):
+        """This process's items, each with its slot: its place among all items, however they are divided."""
+        return list(enumerate(items))[self.replica :: self.num_replicas]
+
+    def divide(self, function, jobs):
+        """function(jobs), where each peer computes a share and all get the results, in order."""
+        mine = jobs[self.peer :: self.num_peers]
+        results = function(mine)
+        if len(results) != len(mine):
+            raise UserError(f"the task's rewards are {len(results)} for {len(mine)} joint actions")
+        shares = self.exchange(results)
+        return [shares[i % self.num_peers][i // self.num_peers] for i in range(len(jobs))]
+
+    def exchange_texts(self, nodes):
+        """Complete the texts of each node with those of the agents that live elsewhere."""
+        for texts in self.exchange([node.texts for node in nodes]):
+            for node, theirs in zip(nodes, texts, strict=True):
+                node.texts.update(theirs)
+
+    def exchange(self, value):
+        """The values of all peers, in the order of their agents: all that agents see of each other passes here."""
+        return self.gather(value, self.peers)
+
+    def sum(self, tensor):
+        """Sum of a tensor over the replicas, in place."""
+        if self.num_replicas > 1:
+            dist.all_reduce(tensor, group=self.replicas)
+        return tensor
+
+    def sum_gradients(self, parameters):
+        """Add up the replicas' gradients. A parameter that has none on this process counts as zeros."""
+        for p in parameters if self.num_replicas > 1 else ():
+            p.grad = self.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+
+    def gather(self, value, group=None):
+        """The values of all processes, or of those of a process group, in their order."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * dist.get_world_size(group)
+            dist.all_gather_object(values, value, group=group)
+        return values
+
+    def barrier(self):
+        """Wait until all processes have come this far."""
+        self.gather(None)
 
 
-def fit_prompt(policy, task, agent, item, history, max_new_tokens):
-    """Token ids of an agent's prompt, and how many of its oldest turns it had to lose to fit into the context."""
-    known = policy.model.get_input_embeddings().weight.shape[0]
-    for start in range(len(history) + 1):
-        ids = policy.encode(task.prompts(item, history[start:])[agent])
-        if max(ids, default=0) >= known:
-            raise UserError(f"token {max(ids)} of the tokenizer is none of the model's {known}: they do not fit")
-        if policy.context is None or len(ids) + max_new_tokens <= policy.context:
-            return ids, start
-    raise UserError(
-        f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of {policy.context}: "
-        "shorten the item or lower --max-new-tokens"
-    )
+world = World()
 
 
-def joint_rewards(task, items, histories, texts, pairing, ranks):
-    """B x K reward dicts. Agents that live apart judge a share each and exchange the results."""
-    jobs = [
-        (items[b], histories[b], [texts[agent][b][g] for agent, g in enumerate(row)])
-        for b in range(len(items))
-        for row in pairing.tolist()
-    ]
-    results = [None] * len(jobs)
-    mine = [plain_numbers(reward) for reward in task.rewards(jobs[ranks.peer :: ranks.num_peers])]
-    for i, share in enumerate(ranks.exchange(mine)):
-        results[i :: ranks.num_peers] = share
-    return [results[i : i + len(pairing)] for i in range(0, len(jobs), len(pairing))]
+# ---------------------------------------------------------------- metrics and evaluation
+class Metrics:
+    """Named means, kept as (sum, count), so that they add up over batches and processes and are divided once.
 
-
-def plain_numbers(reward):
-    """A reward dict with Python's numbers in place of numpy's and torch's scalars, which a log would not take."""
-    reward = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
-    if not isinstance(reward.get("total"), (int, float)):
-        raise UserError(f'the task\'s reward has to be a dict with a number as "total", not {reward}')
-    return reward
-
-
-def next_nodes(task, turn, stop_above):
-    """The nodes of the next turn: one for each joint action that goes on."""
-    nodes, K = [], len(turn.joint)
-    for b, item in enumerate(turn.items):
-        if turn.rewards[b].mean() > stop_above:
-            continue
-        for k, row in enumerate(turn.joint.tolist()):
-            texts = [turn.texts[agent][b][g] for agent, g in enumerate(row)]
-            history = [*turn.histories[b], {"texts": texts, "reward": turn.parts[b][k]}]
-            if not task.done(item, history):
-                nodes.append((item, turn.slots[b], history, turn.branches[b] * K + k, b * K + k))
-    return nodes
-
-
-def advise(guide, nodes, ranks):
-    """Store the guide's advice in the nodes' histories. Of agents that live apart, only the first one's rank asks."""
-    paths = [(item, history) for item, _, history, _, _ in nodes]
-    advice = ranks.exchange(guide(paths) if ranks.peer == 0 else None)[0]
-    for (_, history), said in zip(paths, advice, strict=True):
-        history[-1]["advice"] = said
-
-
-# ---------------------------------------------------------------- credit
-
-
-def returns_to_go(turns, discount):
-    """For each turn (B, K) float64: reward + discount * mean return of the node that continues the joint action."""
-    returns = [turn.rewards.clone() for turn in turns]
-    for t in range(len(turns) - 1, 0, -1):
-        returns[t - 1].view(-1)[turns[t].parent] += discount * returns[t].mean(1)
-    return returns
-
-
-def group_advantages(returns, joint, group, kind):
-    """(B, K) returns -> (N, B, G) float32 advantages of each agent's completions.
-
-    A completion's credit is the mean return of the joint actions that hold it (the reference code sums: another
-    scale, which "std" removes). The baseline comes from the same agent's group at the same node: "mean" subtracts the
-    mean (the paper), "std" also divides by the standard deviation (its code, and the default), "rloo" subtracts the
-    mean of the others, "max" the maximum, "raw" nothing. Equal credits have advantage exactly 0, except "raw".
-    """
-    member = F.one_hot(joint, group).to(returns.dtype)  # (K, N, G)
-    credit = torch.einsum("bk,kng->nbg", returns, member) / member.sum(0)[:, None]
-    mean, best = credit.mean(-1, keepdim=True), credit.amax(-1, keepdim=True)
-    spread = best - credit.amin(-1, keepdim=True)
-    flat = spread <= 1e-9 * credit.abs().amax(-1, keepdim=True)  # rounding, which "std" would blow up
-    kinds = {
-        "std": (credit - mean) / credit.std(-1, keepdim=True, unbiased=False).masked_fill(flat, 1.0),
-        "mean": credit - mean,
-        "rloo": (credit - mean) * (group / max(group - 1, 1)),
-        "max": credit - best,
-        "raw": credit,
-    }
-    if kind not in kinds:
-        raise UserError(f"unknown advantage {kind!r}: choose {', '.join(kinds)}")
-    return kinds[kind].masked_fill(flat & (kind != "raw"), 0.0).float()
-
-
-def policy_loss(logp, logp_old, advantage, weight, clip_eps, clip_eps_high=None, kl=0.0, logp_ref=None):
-    """Clipped surrogate of PPO, summed with fixed token weights -> scalar. All arguments (R, C); advantage also (R,).
-
-    The ratio to the policy that sampled counts only up to 1 + clip_eps_high (by default clip_eps) where the advantage
-    is positive and only down to 1 - clip_eps where it is negative. kl adds that multiple of an estimate, never
-    negative, of the divergence from logp_ref: exp(d) - d - 1 for d = logp_ref - logp.
-    """
-    if advantage.dim() < logp.dim():
-        advantage = advantage[:, None]
-    ratio = torch.exp(logp - logp_old)
-    clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high))
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
-    if kl:
-        d = logp_ref - logp
-        objective = objective - kl * (torch.exp(d) - d - 1)
-    return -(weight * objective).sum()
-
-
-# ---------------------------------------------------------------- update
-
-
-def row_weights(lengths, rows, tokens, turns, max_new_tokens, normalize):
-    """The weight of each token of a row, from the lengths of the rows and the totals of the whole minibatch.
-
-    Fixed before anything is split, so neither micro-batch nor world size can change a gradient. Every turn weighs the
-    same. "sequence": every row of a turn the same, every token of a row the same. "token": every token of a turn the
-    same. "constant": every token 1 / max_new_tokens of a row, whatever the row's length (Dr. GRPO, arXiv 2503.20783).
-    """
-    shares = {"sequence": lengths * rows, "token": tokens, "constant": max_new_tokens * rows}
-    if normalize not in shares:
-        raise UserError(f"unknown normalisation {normalize!r}: choose {', '.join(shares)}")
-    return (1 / (shares[normalize] * turns)).expand(lengths.shape)
-
-
-@dataclass
-class Block:
-    """What a policy learns from one turn: the groups of its A agents at B nodes, A * B groups of G completions."""
-
-    completions: Completions
-    lengths: torch.Tensor  # (A * B, G)
-    advantage: torch.Tensor  # (A * B, G)
-    weight: torch.Tensor  # (A * B, G) of every token of a completion
-    minibatch: torch.Tensor  # (A * B,) the optimizer step that a group belongs to
-    live: torch.Tensor  # (A * B,) False where the whole group has advantage 0
-    origin: list  # A * B tuples (agent, slot, rewards), for messages
-
-
-def make_blocks(policy, turns, completions, advantages, num_items, minibatches, normalize, max_new_tokens, ranks):
-    """The policy's blocks, one per turn, and how many live groups each minibatch has on all ranks, (minibatches,).
-
-    Minibatch m holds the trees of the items in slots m * num_items / minibatches up to the next one's first.
-    """
-    A, blocks, places = len(policy.agents), [], []
-    totals = torch.zeros(minibatches, ranks.max(len(turns)), A, 3, dtype=torch.float64)  # rows, tokens, live groups
-    for t, turn in enumerate(turns):
-        minibatch = (torch.tensor(turn.slots) * minibatches // num_items).repeat(A)
-        advantage = advantages[t][policy.agents].flatten(0, 1)
-        live = (advantage != 0).any(1)
-        lengths = completions[t].mask.sum(1).view(advantage.shape).cpu()
-        places.append((minibatch, torch.full_like(minibatch, t), torch.arange(A).repeat_interleave(len(turn.slots))))
-        counts = torch.stack([torch.full_like(minibatch, lengths.shape[1]), lengths.sum(1), live], 1)
-        totals.index_put_(places[-1], counts.double(), accumulate=True)
-        nodes = list(zip(turn.slots, turn.rewards.tolist(), strict=True))
-        origin = [(agent, *node) for agent in policy.agents for node in nodes]
-        blocks.append(Block(completions[t], lengths, advantage, None, minibatch, live, origin))
-    totals = ranks.sum(totals)
-    num_turns = (totals[:, :, 0, 0] > 0).sum(1)
-    for block, place in zip(blocks, places, strict=True):
-        shared = totals[place][:, None, 0], totals[place][:, None, 1], num_turns[block.minibatch][:, None]
-        block.weight = row_weights(block.lengths, *shared, max_new_tokens, normalize).float()
-    return blocks, totals[..., 2].sum((1, 2))
-
-
-def pieces_of(policy, blocks, minibatch, flat_too, micro_batch, ranks):
-    """A minibatch as (block, nodes, slice of G), each of at most micro_batch rows; of shards, as many on all ranks."""
-    pieces = []
-    for block in blocks:
-        group = block.completions.group
-        nodes = ((block.minibatch == minibatch) & (block.live | flat_too)).nonzero()[:, 0]
-        nodes = nodes[block.lengths[nodes].amax(1).argsort(descending=True, stable=True)]  # so that each trims well
-        for some in nodes.split(max(micro_batch // group, 1)) if len(nodes) else ():  # else it yields one, empty
-            pieces += [(block, some, slice(start, start + micro_batch)) for start in range(0, group, micro_batch)]
-    if policy.mesh is not None:  # each pass fetches weights from the other ranks, so all have to make as many
-        missing = ranks.max(len(pieces)) - len(pieces)
-        pieces += [(idle_block(policy.model.device), torch.tensor([0]), slice(0, 1))] * missing
-    return pieces
-
-
-def idle_block(device):
-    """One token of weight 0: what a rank computes along with the others when it has nothing left to do itself."""
-    one = torch.ones(1, 1, device=device)
-    completions = Completions(one.long(), one.bool(), one.long(), one.bool(), -one, one[0].bool())
-    nothing = torch.zeros(1, 1)
-    return Block(completions, nothing, nothing, nothing, nothing[0], nothing[0].bool(), [])
-
-
-def update(
-    policy,
-    turns,
-    completions,
-    advantages,
-    num_items,
-    tally,
-    *,
-    temperature,
-    max_new_tokens,
-    minibatches=1,
-    epochs=1,
-    micro_batch=16,
-    clip_eps=0.2,
-    clip_eps_high=None,
-    kl=0.0,
-    normalize="sequence",
-    max_grad_norm=1.0,
-    ranks=None,
-):
-    """Fit a policy to its completions, one block per turn: minibatches * epochs optimizer steps, noted in the tally.
-
-    Without `kl`, a minibatch without any advantage costs no forward pass and no step. Raises FloatingPointError when a
-    loss or a gradient is not finite.
-    """
-    ranks, fresh = ranks or Ranks(), True  # fresh: the policy is still the one that sampled
-    split = num_items, minibatches, normalize, max_new_tokens, ranks
-    blocks, live_groups = make_blocks(policy, turns, completions, advantages, *split)
-    for m in list(range(minibatches)) * epochs:
-        if not live_groups[m] and not kl:
-            continue
-        pieces = pieces_of(policy, blocks, m, bool(kl), micro_batch, ranks)
-        for block, nodes, members in pieces:
-            piece = block.completions.select(nodes, members)
-            advantage, weight = (
-                x[nodes, members].view(-1, 1).to(piece.mask.device) for x in (block.advantage, block.weight)
-            )
-            logp = token_logprobs(policy, piece, temperature)
-            # before the first step the ratio is exactly 1; after it, the ratio is to the sampler's own numbers
-            logp_old = logp.detach() if fresh else piece.logp
-            logp_ref = token_logprobs(policy.reference, piece, temperature) if kl else None
-            loss = policy_loss(logp, logp_old, advantage, weight * piece.mask, clip_eps, clip_eps_high, kl, logp_ref)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at {describe(block, nodes)}")
-            loss.backward()
-            policy.collect_gradients()
-            if block.origin:
-                tally_ratio(tally, logp.detach(), piece, advantage, clip_eps, clip_eps_high, fresh)
-        try:
-            if policy.mesh is None:  # else the backward pass has done it
-                ranks.sum_gradients(policy.masters)
-            norm = policy.step(max_grad_norm)
-        except FloatingPointError as error:
-            trained = [describe(block, nodes) for block, nodes, _ in pieces[:8]]
-            raise FloatingPointError(f"{error} at one of: {'; '.join(trained)}") from error
-        tally.add(f"grad_norm/agent_{policy.agents[0]}", norm)
-        fresh = False
-
-
-def describe(block, nodes):
-    """Where a piece comes from, for an error message."""
-    lines = []
-    for node in nodes.tolist()[:8]:
-        agent, slot, rewards = block.origin[node]
-        seen = f"lengths {block.lengths[node].tolist()}, rewards {[round(r, 3) for r in rewards[:16]]}"
-        lines.append(f"agent {agent}, item {slot} of the step, {seen}")
-    return "; ".join(lines)
-
-
-def tally_ratio(tally, logp, piece, advantage, clip_eps, clip_eps_high, fresh):
-    """Record how far the policy is from the one that sampled: the noise of two kernels at first, then the steps."""
-    ratio = torch.exp(logp - piece.logp)
-    high = 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
-    bound = torch.where(advantage > 0, ratio > high, ratio < 1 - clip_eps) & (advantage != 0)
-    count = piece.mask.sum().item()
-    tally.add("clip_fraction", (bound & piece.mask).sum().item(), count)
-    tally.add("approx_kl", ((ratio - 1 - (logp - piece.logp)) * piece.mask).sum().item(), count)
-    if fresh:
-        tally.peak("ratio_max", (ratio[piece.mask] - 1).abs().max().item())
-
-
-def train_step(policies, task, items, *, seed, step, discount, advantage, sampling, fitting, ranks=None):
-    """One step of MAGRPO on a list of items -> this rank's turn tables and the metrics of all ranks.
-
-    sampling and fitting: keyword arguments of `rollout` and `update`.
-    """
-    ranks, tally, clock = ranks or Ranks(), Tally(), time.perf_counter
-    slots = range(ranks.replica, len(items), ranks.num_replicas)
-    mine, start = [items[s] for s in slots], clock()
-    with fetched(policies):
-        turns = rollout(policies, task, mine, slots=slots, seed=seed, step=step, ranks=ranks, **sampling)
-    tally_rollout(tally, turns, policies, discount, clock() - start, len(items), ranks)
-    start, group = clock(), sampling["group"]
-    returns = returns_to_go(turns, discount)
-    advantages = [group_advantages(r, t.joint, group, advantage) for r, t in zip(returns, turns, strict=True)]
-    shared = {"temperature": sampling["temperature"], "max_new_tokens": sampling["max_new_tokens"], "ranks": ranks}
-    for i, policy in enumerate(policies):
-        completions = [turn.completions[i] for turn in turns]
-        update(policy, turns, completions, advantages, len(items), tally, **shared, **fitting)
-    tally.add("update_s", clock() - start)
-    for a in advantages:
-        tally.add("flat_groups", (a == 0).all(-1).sum().item(), a[..., 0].numel())
-    return turns, ranks.reduce(tally)
-
-
-def evaluate(policies, task, items, *, seed, sampling, group=1, discount=1.0, nodes=32, ranks=None):
-    """The same rollout, `group` answers to each item -> this rank's turn tables, one list a chunk, and the metrics."""
-    ranks, tally, chunks = ranks or Ranks(), Tally(), []
-    sampling = sampling | {"group": group, "joint": "aligned"}
-    slots = range(ranks.replica, len(items), ranks.num_replicas)
-    with fetched(policies):
-        for first in range(0, len(slots), nodes):
-            places, start = slots[first : first + nodes], time.perf_counter()
-            chunk = [items[s] for s in places]
-            chunks.append(
-                rollout(policies, task, chunk, slots=places, seed=seed, step=EVALUATION, ranks=ranks, **sampling)
-            )
-            tally_rollout(tally, chunks[-1], policies, discount, time.perf_counter() - start, len(items), ranks)
-    return chunks, ranks.reduce(tally)
-
-
-@contextlib.contextmanager
-def fetched(policies):
-    """Sharded weights are on every rank in here, so that each can sample as much as it needs."""
-    sharded = [module for policy in policies for module in policy.model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in sharded:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
-
-
-EVALUATION = 2**32  # stands where random streams have the step: no training step reaches it
-
-
-# ---------------------------------------------------------------- metrics
-
-
-class Tally:
-    """Metrics as (sum, count), so that they add up over pieces and ranks and are divided once; peaks as maxima.
-
-    A count of 0 throughout makes a plain total.
+    A count of 0 throughout makes a plain total. Peaks are maxima.
     """
 
     def __init__(self):
-        self.sums, self.peaks = defaultdict(lambda: [0.0, 0.0]), {}
+        self.sums = defaultdict(lambda: [0.0, 0.0])
+        self.peaks = {}
 
     def add(self, name, total, count=1):
-        self.sums[name][0] += total
-        self.sums[name][1] += count
+        self.sums[name][0] += float(total)
+        self.sums[name][1] += float(count)
 
     def peak(self, name, value):
         self.peaks[name] = max(value, self.peaks.get(name, value))
 
-    @staticmethod
-    def merge(tallies):
-        """The metrics of several (sums, peaks) together."""
-        merged = Tally()
-        for sums, peaks in tallies:
+    def of_all_processes(self):
+        """The metrics of all processes together, as numbers by name."""
+        merged = Metrics()
+        for sums, peaks in world.gather((dict(self.sums), self.peaks)):
             for name, (total, count) in sums.items():
                 merged.add(name, total, count)
             for name, value in peaks.items():
@@ -997,128 +909,81 @@ class Tally:
         return {name: total / (count or 1) for name, (total, count) in merged.sums.items()} | merged.peaks
 
 
-def tally_rollout(tally, turns, policies, discount, seconds, num_items, ranks):
-    """Rewards and their parts on the leaves (joint actions that nothing continues), returns, lengths, speed."""
+def record_rollout(metrics, turns, seconds, num_items):
+    """Rewards, returns, lengths and speed of a rollout. num_items: the items of all processes."""
     tokens = 0
-    for t, turn in enumerate(turns):
-        tally.add(f"reward/turn_{t}", turn.rewards.sum().item(), turn.rewards.numel())
-        tally.add(f"nodes/turn_{t}", len(turn.items) if ranks.peer == 0 else 0, 0)
-        tally.add("tree_length", len(set(turn.slots)), len(turn.items) if t == 0 else 0)
-        tally.add("shortened_prompts", turn.shortened, 0)
-        advice = [history[-1]["advice"] for history in turn.histories if history and "advice" in history[-1]]
-        if advice and ranks.peer == 0:
-            tally.add("expert/asked", len(advice), 0)
-            tally.add("expert/failed", advice.count(None), 0)
-        continued = set(turns[t + 1].parent.tolist()) if t + 1 < len(turns) else set()
-        for cell, parts in enumerate(itertools.chain.from_iterable(turn.parts)):
-            for name, value in parts.items() if cell not in continued else ():
-                if isinstance(value, (int, float)):
-                    tally.add("reward" if name == "total" else f"reward/{name}", value)
-        for policy, block in zip(policies, turn.completions, strict=True):
-            lengths = block.mask.sum(1).view(len(policy.agents), -1).tolist()
-            for agent, row in zip(policy.agents, lengths, strict=True):
-                tally.add(f"length/agent_{agent}", sum(row), len(row))
-                tokens += sum(row)
-            tally.add("truncated", (~block.ended).sum().item(), block.ended.numel())
-    for root in returns_to_go(turns, discount)[:1]:
-        tally.add("return", root.sum().item(), root.numel())
-    busy = min(num_items, ranks.num_replicas) * ranks.num_peers  # the other ranks have no item
-    tally.add("sample_tokens_per_s", tokens, seconds / busy if turns else 0)
-    tally.add("rollout_s", seconds)
+    for t, nodes in enumerate(turns):
+        metrics.add(f"nodes/turn_{t}", len(nodes) if world.peer == 0 else 0, 0)
+        metrics.add("tree_length", len({node.slot for node in nodes}), len(nodes) if t == 0 else 0)
+        for node in nodes:
+            record_rewards(metrics, node, t)
+            for agent, group in node.groups.items():
+                lengths = group.mask.sum(1)
+                metrics.add(f"length/agent_{agent}", lengths.sum(), len(lengths))
+                metrics.add("truncated", (~group.ended).sum(), len(lengths))
+                metrics.add("shortened_prompts", group.dropped_turns > 0, 0)
+                tokens += int(lengths.sum())
+    # Processes without an item wait for the others; they do not make sampling faster.
+    busy = min(num_items, world.num_replicas) * world.num_peers
+    metrics.add("sample_tokens_per_s", tokens, seconds / busy if turns else 0)
+    metrics.add("rollout_s", seconds)
 
 
-# ---------------------------------------------------------------- several processes
+def record_rewards(metrics, node, t):
+    """Rewards of a node's joint actions; their mean over turns, and the parts, of those that nothing continues."""
+    metrics.add(f"reward/turn_{t}", sum(reward["total"] for reward in node.rewards), len(node.rewards))
+    if t == 0:
+        metrics.add("return", node.returns.sum(), len(node.returns))
+    for k, reward in enumerate(node.rewards):
+        for name, value in reward.items():
+            if k not in node.children and isinstance(value, (int, float)):
+                metrics.add("reward" if name == "total" else f"reward/{name}", value)
+    if node.history and "advice" in node.history[-1] and world.peer == 0:
+        metrics.add("expert/asked", 1, 0)
+        metrics.add("expert/failed", node.history[-1]["advice"] is None, 0)
 
 
-class Ranks:
-    """Who holds what when torchrun starts several processes; by default, one process that holds everything.
+def record_ratio(metrics, logp, batch, cfg, fresh):
+    """How far the policy is from the one that sampled: at first the rounding of two ways to compute, then the steps."""
+    ratio = torch.exp(logp - batch.logp)
+    too_high = (batch.advantage > 0) & (ratio > 1 + cfg.clip_eps_high)
+    too_low = (batch.advantage < 0) & (ratio < 1 - cfg.clip_eps)
+    count = batch.mask.sum()
+    metrics.add("clip_fraction", ((too_high | too_low) & batch.mask).sum(), count)
+    metrics.add("approx_kl", ((ratio - 1 - (logp - batch.logp)) * batch.mask).sum(), count)
+    if fresh:
+        metrics.peak("ratio_max", (ratio[batch.mask] - 1).abs().max().item())
 
-    Layout "together": every rank holds every agent. "apart": each agent lives on its own ranks, as in the paper's
-    decentralised execution; of what they compute, only texts, rewards and advice cross between agents. Ranks with the
-    same agents and other items are replicas: they sum gradients. Ranks with the same items and other agents are peers:
-    they exchange texts.
-    """
 
-    def __init__(self, layout="together", num_agents=1):
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.num_peers = num_agents if layout == "apart" else 1
-        if self.world % self.num_peers:
-            raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
-        self.num_replicas = self.world // self.num_peers
-        self.peer, self.replica = divmod(self.rank, self.num_replicas)
-        self.agents = [self.peer] if layout == "apart" else list(range(num_agents))
-        self.replicas = self.peers = None
-        grid = torch.arange(self.world).view(self.num_peers, self.num_replicas).tolist()
-        if self.world > 1:  # every rank has to create every group, in the same order
-            self.replicas = [dist.new_group(row) for row in grid][self.peer]
-            self.peers = [dist.new_group(list(column)) for column in zip(*grid, strict=True)][self.replica]
+EVALUATION = 2**32  # takes the place of the step in random streams: no training step reaches it
 
-    def sum(self, tensor):
-        """Sum of a CPU tensor over the replicas."""
-        if self.num_replicas > 1:
-            dist.all_reduce(tensor, group=self.replicas)
-        return tensor
 
-    def gather(self, value, group=None):
-        """The values of all ranks, or of those of a group, in their order."""
-        values = [value] * (dist.get_world_size(group) if self.world > 1 else 1)
-        if len(values) > 1:
-            dist.all_gather_object(values, value, group=group)
-        return values
+def evaluate(policies, task, items, cfg, nodes=32):
+    """The same rollout on held-out items, cfg.eval_group answers each -> turns of the first `nodes`, and metrics."""
+    metrics, first = Metrics(), []
+    cfg = replace(cfg, group=cfg.eval_group, joint="aligned")
+    mine = world.share(items)
+    for i in range(0, len(mine), nodes):
+        start = time.perf_counter()
+        turns = rollout(policies, task, mine[i : i + nodes], cfg, EVALUATION)
+        assign_credit(turns, cfg)
+        record_rollout(metrics, turns, time.perf_counter() - start, len(items))
+        first = first or turns
+    return first, metrics.of_all_processes()
 
-    def max(self, number):
-        """The largest of the replicas' numbers: no rank decides alone what all have to do."""
-        return max(self.gather(number, self.replicas))
 
-    def any(self, value):
-        """Whether the value is true on any of all ranks."""
-        return any(self.gather(bool(value)))
+def plain_numbers(reward):
+    """A reward with Python's numbers in place of numpy's and torch's scalars, which a log would not take."""
+    if isinstance(reward, dict):
+        reward = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
+        if isinstance(reward.get("total"), (int, float)):
+            return reward
+    raise UserError(f'the task\'s reward has to be a dict with a number as "total", not {reward!r}')
 
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
 
-    def mesh(self, device):
-        """The ranks that can share one copy of an agent; None where an agent has a single one."""
-        return DeviceMesh.from_group(self.replicas, device.type) if self.num_replicas > 1 else None
-
-    @contextlib.contextmanager
-    def local_first(self):
-        """The first process of each machine goes first, the others when it is done."""
-        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-        if waits:
-            self.barrier()
-        yield
-        if not waits:
-            self.barrier()
-
-    def close(self):
-        """Leave the process group, when all have come this far."""
-        self.barrier()
-        if self.world > 1:
-            dist.destroy_process_group()
-
-    def sum_gradients(self, parameters):
-        """Add up the replicas' gradients in flat buckets; a parameter without gradient counts as zeros."""
-        if self.num_replicas == 1:
-            return
-        for start in range(0, len(parameters), 64):
-            bucket = parameters[start : start + 64]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            if not torch.isfinite(flat.sum()):  # in the sum, nobody could tell whose it was
-                raise FloatingPointError("a gradient is not finite")
-            dist.all_reduce(flat, group=self.replicas)
-            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad = grad.view_as(p)
-
-    def first(self, value):
-        """The value of rank 0, on all ranks."""
-        return self.gather(value)[0]
-
-    def exchange(self, value):
-        """The values of all peers, in the order of their agents: all that agents see of each other passes here."""
-        return self.gather(value, self.peers)
-
-    def reduce(self, tally):
-        """The metrics of all ranks together."""
-        return Tally.merge(self.gather((dict(tally.sums), tally.peaks)))
+def ask_expert(task, nodes):
+    """Guided learning: another model's advice on the last answers goes into the history of each node."""
+    # Of agents that live apart, only the first one's process asks, or they would go on with different advice.
+    advice = task.advise([(node.item, node.history) for node in nodes]) if world.peer == 0 else None
+    for node, texts in zip(nodes, world.exchange(advice)[0], strict=True):
+        node.history[-1]["advice"] = texts

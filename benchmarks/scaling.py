@@ -33,33 +33,26 @@ NEAR, FAR = 300e9, 40e9  # bytes/s that a rank's collectives reach: within 8 GPU
 ROWS = 128  # up to so many rows, a decode step takes the time that reading the weights takes
 
 
-def bytes_per_parameter(dtype, agents=1, ranks=1):
-    """Bytes on a device that holds so many agents, for each parameter of one, split over so many ranks.
+def bytes_per_parameter(dtype, agents=1):
+    """Bytes on a device that holds so many agents, for each parameter of one.
 
-    Weights, masters and Adam's two moments are kept: 4 + 8 in float32, 2 + 4 + 8 in bfloat16, 4 + 8 if sharded.
-    Gradients, 4, exist for one agent at a time: agents are updated one after the other.
+    Weights, masters and Adam's two moments are kept: 4 + 8 in float32, 2 + 4 + 8 in bfloat16. Gradients, 4, exist for
+    one agent at a time: agents are updated one after the other.
     """
-    kept = 12 if dtype == "float32" or ranks > 1 else 14
-    return (agents * kept + 4) / ranks
+    return agents * (12 if dtype == "float32" else 14) + 4
 
 
 def paper(world, layout):
-    """Seconds and bytes of a step on `world` GPUs; layout: together, apart, sharded (together) or sharded apart.
-
-    Rewards cost nothing, nothing overlaps, and a rank has one micro-batch for each optimizer step.
-    """
-    apart, sharded = "apart" in layout, "sharded" in layout
-    ranks, agents = (world // AGENTS, 1) if apart else (world, AGENTS)  # of an agent; on a rank
+    """Seconds and bytes of a step on `world` GPUs. Rewards cost nothing, nothing overlaps."""
+    ranks, agents = (world // AGENTS, 1) if layout == "apart" else (world, AGENTS)  # of an agent; on a rank
     rows = ITEMS * GROUP / ranks * agents
     tokens = rows * COMPLETION + rows / GROUP * PROMPT  # a prompt is computed once for its group
     share = (ranks - 1) / ranks
     per_agent = STEPS * 2 * share * 4 * PARAMETERS  # all-reduce of float32 gradients
-    if sharded:  # all-gather in bfloat16 for sampling, and before each forward and backward; reduce-scatter in float32
-        per_agent = share * PARAMETERS * (2 + STEPS * (2 + 2 + 4))
     decode = agents * COMPLETION * 2 * PARAMETERS / READ * max(1, rows / agents / ROWS)
     compute = decode + tokens * 2 * PARAMETERS * 4 / FLOPS  # prompt and forward 2 FLOP, backward 4, per parameter
     exchange = agents * per_agent / (NEAR if ranks <= 8 else FAR)
-    memory = PARAMETERS * (bytes_per_parameter("bfloat16", agents, ranks if sharded else 1) + 2 * agents * sharded)
+    memory = PARAMETERS * bytes_per_parameter("bfloat16", agents)
     return {
         "gpus": world,
         "layout": layout,
@@ -100,8 +93,7 @@ def measure(path):
     def measured(policy, max_grad_norm):
         storages = {}
         for tensor in [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]:
-            local = getattr(tensor, "_local_tensor", tensor)
-            for x in (local, getattr(local, "grad", None), getattr(tensor.grad, "_local_tensor", tensor.grad)):
+            for x in (tensor, tensor.grad):
                 if x is not None and x.is_floating_point() and x.dim() > 0:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         path.write_text(str(sum(storages.values())))
@@ -126,15 +118,13 @@ def memory(root):
         "shared, float32": (1, "float32", ["--weights=shared"], 1),
         "apart, float32": (2, "float32", ["--layout=apart"], 1),
         "apart, bfloat16": (2, "bfloat16", ["--layout=apart"], 1),
-        "sharded over 2, float32": (2, "float32", ["--shard"], 2),
-        "sharded over 2, bfloat16": (2, "bfloat16", ["--shard"], 2),
     }
     for n, (name, (count, dtype, flags, agents)) in enumerate(cases.items()):
-        seen, ranks = root / f"bytes_{n}", 2 if "--shard" in flags else 1
+        seen = root / f"bytes_{n}"
         arguments = [*options(root, root / str(n), dtype=dtype, kl=1e-6), *flags]  # with kl, no group is left out
         launch(count, arguments, lambda rank, seen=seen: measure(seen) if rank == 0 else None)
-        copy = 4 / ranks if ranks > 1 or dtype == "float32" else 2  # frozen, for kl
-        row = {"option": name, "predicted": bytes_per_parameter(dtype, agents, ranks), "kl_copy": agents * copy}
+        copy = 4 if dtype == "float32" else 2  # frozen, for kl
+        row = {"option": name, "predicted": bytes_per_parameter(dtype, agents), "kl_copy": agents * copy}
         print(json.dumps(row | {"measured_with_copy": round(int(seen.read_text()) / parameters, 1)}), flush=True)
 
 
@@ -161,7 +151,7 @@ def main():
         if args.speed:
             speed(Path(folder))
     for world in (1, 8, 64) if args.paper else ():
-        for layout in ("together", "apart", "sharded", "sharded apart"):
+        for layout in ("together", "apart"):
             if world > 1 or layout == "together":
                 print(json.dumps(paper(world, layout)))
 

@@ -47,13 +47,13 @@ def clock():
 
 
 def run_ours(args):
-    from magrpo import Policy, train_step
+    from magrpo import Policy, Settings, train_step
     from train import load_model
 
     class Fixed:
         """A task whose reward is cheap and never flat."""
 
-        num_agents = args.agents
+        num_agents, expert = args.agents, None
 
         def prompts(self, item, history):
             return [prompt_of(agent, item) for agent in range(args.agents)]
@@ -61,22 +61,24 @@ def run_ours(args):
         def rewards(self, jobs):
             return [{"total": float(sum(map(len, texts)) % 97)} for _, _, texts in jobs]
 
-        def done(self, item, history):
-            return True
-
+    cfg = Settings(
+        num_agents=args.agents,
+        group=args.group,
+        max_new_tokens=args.new_tokens,
+        temperature=1.0,
+        lr=1e-6,
+        minibatches=1 if args.peer == "trl" else args.prompts,
+        micro_batch=args.micro_batch,
+    )
     policies = []
     for agent in range(args.agents):
         model, tokenizer = load_model(args.model, "cuda" if CUDA else "cpu")
-        dtype = getattr(torch, args.dtype)
-        policies.append(Policy(model, tokenizer, [agent], lr=1e-6, dtype=dtype, stop_ids=[]))
-    sampling = {"group": args.group, "max_new_tokens": args.new_tokens, "temperature": 1.0}
-    minibatches = 1 if args.peer == "trl" else args.prompts
-    fitting = {"minibatches": minibatches, "normalize": "sequence", "micro_batch": args.micro_batch}
+        policies.append(Policy(model, tokenizer, [agent], cfg, getattr(torch, args.dtype)))
+        policies[-1].stop_ids = []
     items, rollout_s, update_s = posts(args, args.steps + 1), [], []
     for step in range(args.steps + 1):
         part = items[step * args.prompts : (step + 1) * args.prompts]
-        options = {"discount": 1.0, "advantage": "std", "sampling": sampling, "fitting": fitting}
-        _, metrics = train_step(policies, Fixed(), part, seed=0, step=step, **options)
+        _, metrics = train_step(policies, Fixed(), part, cfg, step)
         rollout_s.append(metrics["rollout_s"] / args.prompts)
         update_s.append(metrics["update_s"] / args.prompts)
     return report(rollout_s[1:], update_s[1:])

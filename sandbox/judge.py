@@ -1,0 +1,277 @@
+"""The sandbox in which model-written code is judged, behind one call: `run_sandbox`.
+
+Model-written code is hostile code: a policy under optimisation finds every hole that pays. So three processes:
+
+    trainer  -- starts -->  judge  -- forks, before it reads the tests -->  guests (guest.py)
+    reads text only         runs the tests, never an answer                 run the answer: calls in, plain data out
+
+A guest never holds an expected value, and the judge rebuilds what it is sent from exact built-in types. Whatever an
+answer does in its own process (objects equal to everything, patched built-ins, forged replies, an early exit), it can
+only ever *return a value*.
+
+Covered where `isolation()` is all True (Linux as root, or where user namespaces are allowed): an answer sees no process
+but its judge, no network, and no file but an empty folder in memory; it imports from MODULES only. It is an ordinary
+user without capabilities and cannot fork. CPU, time, memory and files are bounded. All that it leaves goes with it.
+Not covered: holes in the kernel, its keyrings, a virtual machine's sockets to its host, time as a side channel, tests
+that are themselves malicious. Elsewhere (macOS, many containers) processes, limits and kills remain, but an answer may
+open sockets, fill System V memory and signal other answers; and where the trainer is not root, it may also read its
+user's files, the tests among them, and signal its processes. A run says so at its start.
+"""
+
+import ast
+import builtins
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import sys
+
+from . import guest
+
+TEST_SECONDS = 2.0  # wall time of one test; also of parsing, and of loading, the answer
+JOB_SECONDS = 15  # wall time of the judge, and CPU time of each process; tests after that do not pass
+GUESTS = 3  # a time-out or a crash costs a guest; with the last one the tests end
+MEMORY = 768 << 20  # bytes of address space of each process
+MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmath collections contextlib copy csv
+    dataclasses datetime decimal difflib enum fractions functools graphlib hashlib heapq html itertools json math
+    numbers operator pprint queue random re secrets statistics string struct textwrap time types typing unicodedata
+    warnings weakref zlib""".split()  # what an answer may import
+
+
+def isolation() -> dict[str, bool]:
+    """Of which of "processes", "network" and "files" an answer sees a view of its own only; found by starting one."""
+    return run_sandbox({"prompt": "", "entry_point": "", "test": "", "names": [], "program": [""]})["isolation"]
+
+
+@functools.cache
+def _unshare() -> list[str]:
+    """The command that gives a program process, mount, network and IPC spaces of its own; [] where refused."""
+    import subprocess
+
+    command = "unshare --pid --fork --kill-child --mount --net --ipc --uts".split()
+    command += ["--user", "--map-root-user"] if os.geteuid() else []  # an ordinary user may only within a user space
+    try:
+        return command if subprocess.run([*command, "true"], env={}, stderr=subprocess.DEVNULL).returncode == 0 else []
+    except OSError:
+        return []
+
+
+def run_sandbox(job: dict) -> dict:
+    """Judge one job -> "detail" as in `rewards.code_reward`, and "isolation".
+
+    job: prompt, entry_point and test of a problem; program, the answers in order; names, of the helpers among them.
+    Raises RuntimeError if the sandbox itself does not start, whatever the answers are.
+    """
+    import subprocess  # here, because the judge imports this file, too: these would double the time of its start
+    import tempfile
+
+    spaces = _unshare()
+    words = set(re.findall(r"\w+", " ".join([job["prompt"], *job["program"]])))
+    modules = [name for name in MODULES if words & {name, name.lstrip("_")}]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    start = f"import sys; sys.path[0] = {root!r}; from sandbox import judge; del sys.path[0]; "
+    start += f"judge.main({bool(spaces)}, {os.geteuid() == 0}, {modules})"
+    # -S: no site-packages. The environment is one line, which makes the order of a set the same in every run.
+    command = [*spaces, sys.executable, "-S", "-s", "-c", start]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    folder = tempfile.mkdtemp(prefix="guest-")
+    judge = subprocess.Popen(command, cwd=folder, env={"PYTHONHASHSEED": "0"}, start_new_session=True, **pipes)
+    try:
+        out, err = judge.communicate(json.dumps(job).encode(), timeout=JOB_SECONDS)
+    except subprocess.TimeoutExpired:  # slow in many tests, or in one that hears no alarm, deep in C
+        judge.kill()
+        out, err = judge.communicate()  # until the judge, which is a child of `unshare`, is dead, too
+    finally:
+        judge.kill()
+        # Not rmtree, which a deep enough tree makes raise. Where no mount hides the folder, an answer may lock it.
+        wipe = 'rm -rf "$0" || { chmod -R u+rwX "$0"; rm -rf "$0"; }'
+        subprocess.run(["sh", "-c", wipe, folder], stderr=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
+    if not rows:
+        raise RuntimeError("the sandbox did not start: " + err.decode(errors="replace")[-2000:])
+    guests = rows[0].pop("guests")
+    for pid in guests if judge.returncode else ():  # the judge did not live to do it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    told = [row.pop("outcome") for row in rows if "outcome" in row]
+    detail = {"error": "the parser gave up", "outcomes": []} | {key: row[key] for row in rows for key in row}
+    for test, outcome in zip(detail["outcomes"], told, strict=False):
+        test["outcome"] = outcome
+    return detail
+
+
+class Candidate:
+    """What the tests call as the entry point: hands the call to the first of the guests that are left."""
+
+    def __init__(self, guests: list):
+        self.guests, self.lost = guests, ""
+
+    def __call__(self, *args, **kwargs):
+        return self.ask(guest.encode((args, kwargs)))
+
+    def ask(self, what):
+        """One line there, one line back, under the alarm of `timed`. What comes back is only a value, or raised."""
+        if self.lost or not self.guests:
+            raise ConnectionError
+        line, reply = self.guests[0].line, b""
+        try:
+            line.sendall(json.dumps(what).encode() + b"\n")
+            while not reply.endswith(b"\n"):
+                part = line.recv(1 << 16)
+                reply += part
+                if not part or len(reply) > guest.MAX_VALUE:
+                    raise ConnectionError
+            name, value = json.loads(reply)
+            value = guest.decode(value) if name == "value" else expected_exception(name, str(value))
+        except (OSError, KeyboardInterrupt) as error:  # the second: the alarm rang
+            self.lose("died" if isinstance(error, OSError) else "time-out")
+            raise
+        if name != "value":
+            raise value
+        return value
+
+    def lose(self, how: str) -> None:
+        """End the guest. This decides the outcome: a test may catch what it raises, but not make it pass."""
+        self.lost = how
+        os.kill(self.guests.pop(0).pid, signal.SIGKILL)
+
+    def timed(self, action, *args) -> str:
+        """The outcome of an action within the time of a test; a time-out or a death costs the guest."""
+        self.lost, outcome = "", "passed"
+        if not self.guests:
+            return "not run"
+        signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS)
+        try:
+            action(*args)
+        except AssertionError:
+            outcome = "failed"
+        except KeyboardInterrupt:
+            outcome = "time-out"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"[:200]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return self.lost or outcome
+
+
+def expected_exception(names: list, text: str) -> Exception:
+    """What a test may expect: the first built-in among the classes of the guest's exception, from the most special."""
+    for name in names:
+        error = getattr(builtins, str(name), None)
+        if error is StopIteration:  # it would end a loop of asserts before its first
+            break
+        if isinstance(error, type) and issubclass(error, Exception):
+            with contextlib.suppress(TypeError):  # some, of Unicode, want more than a text
+                return error(text)
+    return RuntimeError(text)
+
+
+def main(isolated: bool, root: bool, modules: list[str]) -> None:
+    """What the bare Python runs: fork the guests, then read the job; report in lines of JSON."""
+    os.environ.clear()
+    sys.set_int_max_str_digits(50_000)  # numbers cross in decimal; more digits would be slow, deep in C
+    guest.linux("prctl", guest.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A guest finds no file to import from; nor does the parser of names, nor Python 3.12 for a number's many digits.
+    always = ["unicodedata"] if sys.version_info < (3, 12) else ["unicodedata", "_pylong"]
+    for name in [*always, *modules]:
+        __import__(name)
+    if isolated:
+        folder = os.getcwd()
+        guest.linux("mount", b"none", folder.encode(), b"tmpfs", guest.MS_NOSUID_NODEV_NOEXEC, b"size=4m,nr_inodes=1k")
+        os.chdir(folder)  # into the mount; until now "." is what lies below it
+        for kind in ("shmmni", "msgmni"):  # System V's memory belongs to no process, so MEMORY would not bound it
+            with contextlib.suppress(OSError), open("/proc/sys/kernel/" + kind, "w") as file:
+                file.write("0")
+    guest.limit(AS=MEMORY, CPU=JOB_SECONDS, FSIZE=0, CORE=0)  # files of 0 bytes only
+    guests = [guest.start(root) for _ in range(GUESTS)]
+    guest.linux("prctl", guest.PR_SET_DUMPABLE, 0)  # from here on no process of the same user may look into our memory
+    # A lone surrogate in the text of an exception would break tokenizers and logs.
+    report = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tests may print
+    pids = [each.pid for each in guests]
+
+    def tell(**row):
+        print(json.dumps(row, ensure_ascii=False), file=report, flush=True)
+
+    seen = {"processes": isolated, "network": isolated, "files": guests[0].alone}
+    tell(isolation=seen, guests=[] if isolated else pids)
+    try:
+        run_tests(json.load(sys.stdin), guests, tell)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def run_tests(job: dict, guests: list, tell) -> None:
+    """Tell the facts of the syntax trees, then the tests, then one outcome for each."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt, for `except Exception` to miss
+    test = job.pop("test")
+    for each in guests:
+        each.line.sendall(json.dumps(job).encode() + b"\n")
+    candidate, ran = Candidate(guests), []
+    if candidate.timed(lambda: tell(**candidate.ask("look"))) != "passed":
+        return
+    space = {job["entry_point"]: candidate, "candidate": candidate, "_ran": ran}
+    steps = test_steps(test, space)
+    tell(outcomes=[{"test": source, "outcome": "not run"} for _, source in steps if source])
+
+    def run(tree):
+        ran.clear()
+        exec(compile(tree, "test", "exec"), space)
+
+    candidate.timed(exec, guest.preamble(job), space)
+    loading = candidate.timed(candidate.ask, "load")
+    lost = ""
+    for tree, source in steps:
+        outcome = candidate.timed(run, tree) if loading == "passed" else loading
+        lost = lost or candidate.lost  # also in what a test prepares
+        if source:
+            tell(outcome=lost or outcome)
+            lost = ""
+
+
+def list_tests(test: str) -> list[str]:
+    """The sources of the statements that `code_reward` counts as tests. Raises SyntaxError for what is not Python."""
+    return [source for _, source in test_steps(test, {"candidate": None}) if source]
+
+
+def test_steps(test: str, space: dict) -> list[tuple]:
+    """The statements of a test, each with its source if it counts as a test, else "".
+
+    `space` learns what `check` calls the candidate; `_ran` in it, which asserts fill, must not be empty after a test.
+    """
+    statements, steps = [], []
+    for node in ast.parse(test).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "check":
+            space[(node.args.posonlyargs + node.args.args)[0].arg] = space["candidate"]
+            statements += node.body
+        elif not ast.unparse(node).startswith("check("):
+            statements.append(node)
+    sources = [ast.unparse(node)[:200] for node in statements]
+    functions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
+    for each in (part for node in statements for part in ast.walk(node)):
+        if isinstance(each, ast.Assert) and not isinstance(each.test, ast.Constant):
+            each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
+    for node, source in zip(statements, sources, strict=True):
+        asserts = asserts_run_by(node, functions)
+        # Any answer passes `assert True`, and a loop over nothing; either would open the level that comes after.
+        real = [each for each in asserts if not (isinstance(each.test, ast.Constant) and each.test.value)]
+        must_run = not all(isinstance(each.test, ast.Constant) for each in real)
+        tree = ast.Module([node, *ast.parse("assert _ran").body] if must_run else [node], [])
+        if real or not asserts:
+            steps.append((ast.fix_missing_locations(tree), source if real else ""))
+    return steps
+
+
+def asserts_run_by(statement, functions: dict) -> list:
+    """The asserts in a statement, and in the test's own functions that it calls, directly or through others."""
+    nodes, reached = list(ast.walk(statement)), set()
+    for node in nodes:  # which grows by the functions that are found
+        if isinstance(node, ast.Name) and node.id in set(functions) - reached:
+            reached.add(node.id)
+            nodes += ast.walk(functions[node.id])
+    defines = isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+    return [] if defines else [node for node in nodes if isinstance(node, ast.Assert)]
