@@ -1,36 +1,36 @@
-"""MAGRPO: language models that learn to cooperate.
+"""MAGRPO, Multi-Agent Group Relative Policy Optimization (arXiv 2508.04652): language models learn to cooperate.
 
-Multi-Agent Group Relative Policy Optimization (arXiv 2508.04652), in one file to read from top to bottom.
+The problem. N agents answer at the same time, each from its own prompt. Within a turn, no agent sees what the others
+write (a Dec-POMDP). Their answers together earn one reward. Which answers should become more likely?
 
-The problem. N agents answer at the same time, each from its own prompt, and none sees what the others write (a
-Dec-POMDP). Their answers together earn one reward. Which agent earned it, and which should have written something else?
-
-The idea. Let every agent answer G times, pair the answers into joint actions, and reward each of these. An answer that
-did better than the average of its group becomes more likely, one that did worse becomes less likely. The group's
-average stands in for the critic that PPO would have to train.
+The idea. Let every agent answer G times, pair the answers into joint actions, and reward each of these. An answer whose
+joint actions earned more than the average of its group becomes more likely, one that earned less becomes less likely.
+The group's average replaces the learned critic of PPO. All agents share the credit for a joint action: the algorithm
+never asks who earned it. What depends on a lucky partner averages out over many groups.
 
     sample      y[i,1], ..., y[i,G] ~ pi_i( . | x_i)        G completions by each agent i           sample
     pair        (y[1,g], ..., y[N,g])                       K joint actions (aligned: K = G)        joint_actions
     reward      r_k = reward(joint action k)                one number for all agents               judge
     return      R_k = r_k + gamma * mean return of the next turn, if there is one                   assign_credit
     advantage   A[i,g] = (R_g - mean R) / std R             mean and std of the group               group_advantages
-    ratio       rho_t = pi_i(y_t) / pi_i,old(y_t)           old: the policy that sampled            token_logprobs
+    weight      w_t = 1 / (tokens of y * completions)       so that the loss is a mean              set_weights
     loss        L_i = - sum_t w_t min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A)                     policy_loss
+                where rho_t = pi_i(y_t) / pi_i,old(y_t), and old is the policy that sampled
     step        AdamW on the weights of each agent                                                  update
 
-One step in numbers. Two agents summarise a post, G = 4, and the joint actions earn 1, 3, 2 and 2. The mean is 2 and the
-standard deviation 0.71, so the advantages are -1.41, +1.41, 0 and 0, for both agents alike. Agent 1's second completion
-has 20 tokens. Each of them has weight 1 / (20 tokens * 4 completions) = 0.0125 and, as nothing has been updated yet,
-the ratio 1. So the gradient pushes the log-probability of each of these tokens up with a force of 0.0125 * 1.41 =
-0.018. The two completions with advantage 0 teach nothing.
+One step in numbers. Two agents summarise one post, G = 4, and the joint actions earn 1, 3, 2 and 2. The mean is 2 and
+the standard deviation 0.71, so the advantages are -1.41, +1.41, 0 and 0, for both agents alike. Agent 1's second
+completion has 20 tokens. Each of them has weight 1 / (20 * 4) = 0.0125 and, as nothing has been updated yet, ratio 1.
+So the derivative of the loss with respect to the log-probability of each of these tokens is -0.0125 * 1.41 = -0.018.
+The two completions with advantage 0 teach nothing.
 
-A single turn is a tree of depth one, evaluation is a rollout without an update, and N = 1 is GRPO.
-Shapes: N agents, B prompts (one for each group), G completions of a prompt, R = B * G rows, K joint actions, P prompt
+With several turns, an item's rollout is a tree: every joint action opens a node of the next turn. N = 1 is GRPO.
+Shapes: N agents, B prompts (one for each group), G completions of a prompt, BG = B * G rows, K joint actions, P prompt
 tokens, C completion tokens, V vocabulary, D head dimension, Hkv key heads.
-Read down to the line that says MACHINERY, and you have read MAGRPO.
 """
 
 import contextlib
+import copy
 import time
 import warnings
 from collections import defaultdict
@@ -43,49 +43,51 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass
 class Settings:
-    """The options of the algorithm. train.py adds those of a run, and makes the command line from both."""
+    """The options of the algorithm. train.py adds those of a run, and builds the command line from both."""
 
     # rollout
     prompts: int = 4  # items per step
     group: int = 4  # completions of each agent for one prompt (G)
-    joint: Literal["aligned", "crossed"] = "aligned"  # pair the g-th completions of all agents, or all with all
+    joint: Literal["aligned", "crossed"] = "aligned"  # pair the g-th completions of all agents, or form all pairs
     temperature: float = 0.8  # sampling temperature; it is a part of the policy, in training and in evaluation
     max_new_tokens: int = 80  # longest completion, in tokens
-    seed: int = 0  # of all random numbers
+    seed: int = 0  # of everything that is sampled
     eval_group: int = 2  # completions of each agent for one held-out item
     # turns
     num_agents: int = 2  # agents (N); 1 is GRPO
-    turns: int = 1  # turns; after each, the agents read feedback and answer again
+    turns: int = 1  # most turns of an item; between two, the agents read feedback
     discount: float = 1.0  # gamma, the discount of the next turn's return
-    stop_above: float = float("inf")  # do not continue a node whose mean reward is above this
-    guided_from: int = 1  # first step with the expert; before it, feedback is plain
+    stop_above: float = float("inf")  # a node whose mean reward is above this is good enough: do not continue it
+    guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
     # update
-    lr: float = 6e-5  # learning rate of AdamW
+    lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 6e-4 for adapters
+    rank: int = 16  # of the adapters that --weights adapters trains
     warmup: int = 8  # optimizer steps in which the learning rate rises
     advantage: Literal["std", "mean", "rloo", "max", "raw"] = "std"  # baseline and scale of the advantage
     minibatches: int = 0  # optimizer steps per pass over a rollout; 0: one for each item of the step
     epochs: int = 1  # passes over a rollout
-    clip_eps: float = 0.2  # the ratio to the sampling policy is clipped below 1 - this
-    clip_eps_high: float = 0.2  # and above 1 + this, whatever --clip-eps is
-    kl: float = 0.0  # weight of the divergence from the initial policy; keeps a frozen copy of it
-    normalize: Literal["sequence", "token", "constant"] = "sequence"  # what has the same weight in the loss
+    clip_eps: float = 0.2  # lower clip bound of the ratio to the sampling policy: 1 - this
+    clip_eps_high: float = 0.2  # upper clip bound: 1 + this
+    kl: float = 0.0  # weight of the KL penalty; above 0, a frozen copy of the initial policy is kept
+    normalize: Literal["sequence", "token", "constant"] = "sequence"  # what the loss is a mean over
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    micro_batch: int = 16  # completions in memory at a time; does not change the gradient
+    micro_batch: int = 16  # completions in one forward and backward pass; does not change the gradient
 
 
 def train_step(policies, task, items, cfg, step):
-    """One step of MAGRPO on the items of all processes -> this process's turns (lists of nodes), and all metrics."""
+    """One step on the items of all processes. Returns (turns, metrics): the nodes of this process, and all metrics."""
     metrics = Metrics()
     start = time.perf_counter()
     turns = rollout(policies, task, world.share(items), cfg, step)
     sampled = time.perf_counter()
     assign_credit(turns, cfg)
     for policy in policies:
-        groups = [node.groups[agent] for nodes in turns for agent in policy.agents for node in nodes]
+        groups = [node.groups[agent] for nodes in turns for node in nodes for agent in policy.agents]
         update(policy, groups, len(items), cfg, metrics)
     metrics.add("update_s", time.perf_counter() - sampled)
     record_rollout(metrics, turns, sampled - start, len(items))
@@ -94,13 +96,13 @@ def train_step(policies, task, items, cfg, step):
 
 @dataclass
 class Group:
-    """G completions of one prompt by one agent: what is compared with each other. Its tensors are on the CPU."""
+    """G completions of one prompt by one agent, which are compared with each other. Its tensors are on the CPU."""
 
     agent: int
     slot: int  # the number of the item in its step
     turn: int
     prompt: list  # P token ids
-    stream: tuple  # integers from which all random numbers of the group follow
+    stream: tuple  # integers that seed the group's random numbers
     dropped_turns: int = 0  # turns of the history that the prompt had to leave out
     # filled in by sample
     tokens: torch.Tensor = None  # (G, C) ids; what follows a stop token has no meaning
@@ -109,16 +111,16 @@ class Group:
     ended: torch.Tensor = None  # (G,) True if it stopped by itself, False if it was cut at max_new_tokens
     # filled in by assign_credit and set_weights
     advantage: torch.Tensor = None  # (G,)
-    weight: torch.Tensor = None  # (G, C) of each token in the loss, 0 where the mask is False
+    weight: torch.Tensor = None  # (G, C) loss weight of each token, 0 where the mask is False
 
 
 @dataclass
 class Node:
-    """One turn of an item: what was said before, what each agent says now, what that earns, and what follows."""
+    """One turn on one path of an item's tree: what was said before, what each agent says now, and what that earns."""
 
     item: object
     slot: int  # the number of the item in its step
-    branch: int = 0  # which path of the item's tree leads here
+    branch: int = 0  # number of the path from the root, unique among the nodes of a turn
     history: list = field(default_factory=list)  # {"texts": N texts, "reward": dict} of each earlier turn
     groups: dict = field(default_factory=dict)  # agent -> Group, of the agents that this process plays
     texts: dict = field(default_factory=dict)  # agent -> G texts, of all agents
@@ -127,13 +129,12 @@ class Node:
     returns: torch.Tensor = None  # (K,) float64
 
     def joint_texts(self, row):
-        """The N texts of a joint action. row: which completion each agent contributes."""
+        """The N texts of a joint action, a row of the table of joint_actions."""
         return [self.texts[agent][g] for agent, g in enumerate(row)]
 
 
-# ---------------------------------------------------------------- rollout
 def rollout(policies, task, items, cfg, step):
-    """Grow one tree for each (slot, item), one turn after the other -> the turns, lists of nodes."""
+    """Grow one tree for each (slot, item), one turn after the other. Returns the turns, lists of nodes."""
     pairing = joint_actions(task.num_agents, cfg)
     nodes = [Node(item, slot) for slot, item in items]
     turns = []
@@ -151,14 +152,25 @@ def rollout(policies, task, items, cfg, step):
     return turns
 
 
+def joint_actions(num_agents, cfg):
+    """(K, N) table: entry (k, i) is the completion that agent i contributes to joint action k.
+
+    aligned: the g-th of each agent, K = G; then all agents have the same advantages. crossed: all combinations of the
+    same completions, K = G ** N. With several turns, each of the K continues.
+    """
+    if cfg.joint == "aligned":
+        return torch.arange(cfg.group)[:, None].expand(cfg.group, num_agents)
+    return torch.cartesian_prod(*[torch.arange(cfg.group)] * num_agents).view(-1, num_agents)
+
+
 def answer(policy, task, nodes, cfg, step):
     """The agents of a policy answer G times at each node, in parallel: no agent sees another one's answer."""
     groups = []
     for agent in policy.agents:
         for node in nodes:
             turn = len(node.history)
-            # All random numbers follow from these six integers. So the same seed gives the same run, however the work
-            # is divided among processes and batches, and an item that comes twice in a step gets different answers.
+            # These six integers seed the group's random numbers. So they do not depend on how the work is divided among
+            # processes and batches, and an item that comes twice in a step gets different answers.
             stream = (cfg.seed, step, turn, agent, node.slot, node.branch)
             prompt, dropped = fit_prompt(policy, task, agent, node, cfg)
             node.groups[agent] = Group(agent, node.slot, turn, prompt, stream, dropped)
@@ -169,44 +181,32 @@ def answer(policy, task, nodes, cfg, step):
             node.texts[agent] = policy.decode(node.groups[agent])
 
 
-def joint_actions(num_agents, cfg):
-    """(K, N) table: row k says which of its G completions each agent contributes to joint action k.
-
-    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, from the same completions.
-    """
-    if cfg.joint == "aligned":
-        return torch.arange(cfg.group)[:, None].expand(cfg.group, num_agents)
-    return torch.cartesian_prod(*[torch.arange(cfg.group)] * num_agents).view(-1, num_agents)
-
-
 def judge(task, nodes, pairing):
     """Give every joint action of every node its reward."""
     jobs = [(node.item, node.history, node.joint_texts(row)) for node in nodes for row in pairing.tolist()]
-    rewards = [plain_numbers(reward) for reward in world.divide(task.rewards, jobs)]
+    rewards = world.divide(lambda share: checked_rewards(task, share), jobs)
     for b, node in enumerate(nodes):
         node.rewards = rewards[b * len(pairing) : (b + 1) * len(pairing)]
 
 
 def continue_node(task, node, pairing, cfg):
-    """The nodes of the next turn: one for each joint action that is not done."""
+    """The nodes of the next turn: a child for each joint action that is not done, unless the node is good enough."""
     if np.mean([reward["total"] for reward in node.rewards]) > cfg.stop_above:
         return []
     for k, row in enumerate(pairing.tolist()):
         history = [*node.history, {"texts": node.joint_texts(row), "reward": node.rewards[k]}]
         if not task.done(node.item, history):
-            branch = node.branch * len(pairing) + k
-            node.children[k] = Node(node.item, node.slot, branch, history)
+            node.children[k] = Node(node.item, node.slot, node.branch * len(pairing) + k, history)
     return list(node.children.values())
 
 
-# ---------------------------------------------------------------- credit, loss, update
 def assign_credit(turns, cfg):
     """Returns of all joint actions, from the last turn back to the first, and the advantages of all completions."""
     for nodes in reversed(turns):
         for node in nodes:
             node.returns = torch.tensor([reward["total"] for reward in node.rewards], dtype=torch.float64)
             for k, child in node.children.items():
-                # The mean over the next turn's group is what this joint action can expect to earn there.
+                # The mean return of the group that follows estimates what this joint action leads to.
                 node.returns[k] += cfg.discount * child.returns.mean()
             advantages = group_advantages(node.returns, joint_actions(len(node.texts), cfg), cfg)
             for agent, group in node.groups.items():
@@ -216,101 +216,116 @@ def assign_credit(turns, cfg):
 def group_advantages(returns, pairing, cfg):
     """(K,) returns and the (K, N) table of joint actions -> (N, G): how much better each completion did than its group.
 
-    A completion's credit is the mean return of the joint actions that it takes part in. The baseline comes from the
-    same agent's group at the same node, so agents, turns and items with different rewards never mix.
+    A completion's credit is the mean return of the joint actions that contain it. It is compared only with the same
+    agent's group at the same node: rewards of different agents, turns and items never mix.
     """
-    member = F.one_hot(pairing, cfg.group).to(returns.dtype)  # (K, N, G): 1 where joint action k holds completion g
+    member = F.one_hot(pairing, cfg.group).to(returns.dtype)  # (K, N, G): 1 where joint action k contains completion g
     credit = torch.einsum("k,kng->ng", returns, member) / member.sum(0)  # (N, G)
-    mean = credit.mean(-1, keepdim=True)
     best = credit.amax(-1, keepdim=True)
-    std = credit.std(-1, keepdim=True, unbiased=False)
-    kinds = {
-        "std": (credit - mean) / std,  # the paper's first version, and its code
-        "mean": credit - mean,  # the paper's later version, and Dr. GRPO
-        "rloo": (credit - mean) * cfg.group / max(cfg.group - 1, 1),  # credit less the mean of the others
-        "max": credit - best,
-        "raw": credit,  # no baseline: REINFORCE
-    }
-    # Equal credits teach nothing. Twelve rewards of 1/3 differ from their mean by rounding; divided by their standard
-    # deviation, that would be advantages of 0.7. This also makes 0 of 0 / 0.
+    if cfg.advantage == "raw":  # REINFORCE without a baseline
+        return credit.float()
+    advantage = credit - (best if cfg.advantage == "max" else credit.mean(-1, keepdim=True))
+    if cfg.advantage == "std":  # arXiv v1 and the authors' code; "mean" is that of later versions, and Dr. GRPO's
+        advantage = advantage / credit.std(-1, keepdim=True, unbiased=False)
+    if cfg.advantage == "rloo":  # the same as credit minus the mean of the other G - 1
+        advantage = advantage * cfg.group / max(cfg.group - 1, 1)
+    # Equal credits teach nothing. But they can differ from their mean by rounding, and a standard deviation of the same
+    # size would turn that into advantages near 1. The mask also replaces 0 / 0.
     spread = best - credit.amin(-1, keepdim=True)
-    flat = (spread <= 1e-9 * credit.abs().amax(-1, keepdim=True)) & (cfg.advantage != "raw")
-    return kinds[cfg.advantage].masked_fill(flat, 0.0).float()
-
-
-def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
-    """PPO's clipped objective, summed with the weights of the tokens -> scalar. All arguments (R, C); advantage (R, 1).
-
-    Where the advantage is positive, the ratio counts only up to 1 + clip_eps_high; where it is negative, only down to
-    1 - clip_eps. Beyond that the gradient is 0: the policy has moved far enough.
-    """
-    ratio = torch.exp(logp - logp_old)
-    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps_high)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
-    if logp_ref is not None:
-        # An unbiased estimate of the divergence that is never negative ("k3" in J. Schulman's note on KL, 2020).
-        d = logp_ref - logp
-        objective = objective - cfg.kl * (torch.exp(d) - d - 1)
-    return -(weight * objective).sum()
+    return advantage.masked_fill(spread <= 1e-9 * credit.abs().amax(-1, keepdim=True), 0.0).float()
 
 
 def update(policy, groups, num_items, cfg, metrics):
-    """Fit a policy to its own completions: one optimizer step for each minibatch, in each of cfg.epochs passes."""
+    """Raise the probability of a policy's good completions: an optimizer step for each minibatch, in each epoch."""
     count = cfg.minibatches or num_items
     minibatches = [[] for _ in range(count)]
     for group in groups:
-        minibatches[group.slot * count // num_items].append(group)
+        minibatches[group.slot * count // num_items].append(group)  # an item stays whole, with all its turns
         metrics.add("flat_groups", not group.advantage.any())
-    teaches = [set_weights(minibatch, cfg) for minibatch in minibatches]
-    fresh = True  # the policy is still the one that sampled
+    learners = [set_weights(minibatch, cfg) for minibatch in minibatches]
+    on_policy = True
     for m in list(range(count)) * cfg.epochs:
-        if not teaches[m] and not cfg.kl:
-            continue  # no step either: Adam's momentum would move the weights without a gradient
+        if not learners[m]:
+            continue  # and make no optimizer step: Adam's momentum would move the weights without a gradient
         for batch in micro_batches(minibatches[m], cfg, policy.model.device):
+            with torch.no_grad():
+                logp_ref = token_logprobs(policy.reference, batch, cfg) if cfg.kl else None
             logp = token_logprobs(policy, batch, cfg)
-            # Before the first step the ratio is exactly 1, which the sampler's numbers would give only up to rounding.
-            logp_old = logp.detach() if fresh else batch.logp
-            logp_ref = token_logprobs(policy.reference, batch, cfg) if cfg.kl else None
+            # Until the first step the policy is the one that sampled, so the ratio is exactly 1; the sampler's numbers
+            # differ by rounding. After it, the ratio says how far the policy has moved, and the clip limits that.
+            logp_old = logp.detach() if on_policy else batch.logp
             loss = policy_loss(logp, logp_old, batch.advantage, batch.weight, cfg, logp_ref)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()}: {batch}")
-            loss.backward()
+            loss.backward()  # losses of micro-batches add up, because the weights are those of the whole minibatch
             policy.collect_gradients()
-            record_ratio(metrics, logp.detach(), batch, cfg, fresh)
-        world.sum_gradients(policy.masters)
-        metrics.add(f"grad_norm/agent_{policy.agents[0]}", policy.step(cfg.max_grad_norm))
-        fresh = False
+            record_ratio(metrics, logp.detach(), batch, cfg, on_policy)
+        for agent, norm in policy.step(cfg.max_grad_norm, learners[m]).items():
+            metrics.add(f"grad_norm/agent_{agent}", norm)
+        on_policy = False
 
 
 def set_weights(groups, cfg):
-    """Set the weight in the loss of each token of a minibatch -> whether any process can learn from the minibatch."""
-    # Totals over all processes, before the minibatch is split: neither --micro-batch nor the number of GPUs may change
-    # the gradient.
-    totals = torch.zeros(cfg.num_agents, cfg.turns, 3, dtype=torch.float64)  # completions, tokens, groups that teach
+    """Set the loss weight of every token of a minibatch. Returns the agents that have something to learn from it.
+
+    Turns weigh the same, however many nodes they have. Within a turn, cfg.normalize says what the loss is a mean over:
+    "sequence", completions, each a mean over its tokens; "token", all tokens; "constant", completions, each a sum over
+    its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Completions with advantage 0 count, too.
+    """
+    completions, tokens, teaching = torch.zeros(3, cfg.num_agents, cfg.turns, dtype=torch.float64)
     for group in groups:
-        counts = [len(group.tokens), group.mask.sum(), group.advantage.any()]
-        totals[group.agent, group.turn] += torch.tensor(counts, dtype=torch.float64)
-    world.sum(totals)
-    num_turns = (totals[..., 0] > 0).sum(1)  # (N,)
+        place = group.agent, group.turn
+        completions[place] += len(group.tokens)
+        tokens[place] += group.mask.sum()
+        teaching[place] += group.advantage.any()
+    # Counted over all replicas and before the minibatch is split, so that neither the number of GPUs nor --micro-batch
+    # changes the gradient.
+    for counts in (completions, tokens, teaching):
+        world.sum(counts)
+    turns = (completions > 0).sum(1)  # (N,)
     for group in groups:
-        completions, tokens, _ = totals[group.agent, group.turn]
-        shares = {  # every turn weighs the same; in a turn, every ...
-            "sequence": group.mask.sum(1, keepdim=True) * completions,  # completion, and every token of it
-            "token": tokens,  # token
-            "constant": cfg.max_new_tokens * completions,  # token, whatever was said (Dr. GRPO, arXiv 2503.20783)
-        }
-        group.weight = (group.mask / (shares[cfg.normalize] * num_turns[group.agent])).float()
-    return bool(totals[..., 2].any())
+        place = group.agent, group.turn
+        divisor = tokens[place] if cfg.normalize == "token" else completions[place]
+        if cfg.normalize == "sequence":
+            divisor = divisor * group.mask.sum(1, keepdim=True)
+        if cfg.normalize == "constant":
+            divisor = divisor * cfg.max_new_tokens
+        group.weight = (group.mask / (divisor * turns[group.agent])).float()
+    return (completions if cfg.kl else teaching).sum(1).nonzero()[:, 0].tolist()
 
 
 def micro_batches(groups, cfg, device):
     """Split a minibatch into batches of at most cfg.micro_batch completions, similar lengths together."""
     groups = [group for group in groups if group.advantage.any() or cfg.kl]  # the others have no gradient
     groups.sort(key=lambda group: group.tokens.shape[1], reverse=True)
-    together = max(cfg.micro_batch // cfg.group, 1)  # groups; a group that is larger than a batch is split
+    together = max(cfg.micro_batch // cfg.group, 1)
     for i in range(0, len(groups), together):
-        for start in range(0, cfg.group, cfg.micro_batch):
-            yield Batch(groups[i : i + together], slice(start, start + cfg.micro_batch), device)
+        for start in range(0, cfg.group, cfg.micro_batch):  # more than once only if a group is larger than a batch
+            yield MicroBatch(groups[i : i + together], slice(start, start + cfg.micro_batch), device)
+
+
+def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
+    """PPO's clipped objective as a loss, summed over tokens -> scalar. Tensors (BG, C), the advantage (BG, 1)."""
+    # A good token's ratio counts only up to 1 + clip_eps_high, a bad one's only down to 1 - clip_eps. Beyond that the
+    # gradient is 0: the policy has moved far enough.
+    ratio = torch.exp(logp - logp_old)
+    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps_high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if logp_ref is not None:
+        # An estimate of the divergence from the initial policy that is never negative ("k3", J. Schulman 2020). It is
+        # unbiased for tokens of the current policy; these come from the one that sampled, a few steps ago.
+        d = logp_ref - logp
+        objective = objective - cfg.kl * (torch.exp(d) - d - 1)
+    return -(weight * objective).sum()
+
+
+def log_policy(logits, temperature):
+    """The one definition of the policy: (..., V) logits -> (..., V) float32 log-probabilities.
+
+    The sampler and the scorer, token_logprobs, both call it, so the policy that is trained is the one that sampled.
+    There is no top-k or top-p: with them, a token could be drawn from one distribution and scored by another.
+    """
+    return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
 # =====================================================================================================================
@@ -320,56 +335,68 @@ def micro_batches(groups, cfg, device):
 
 
 class UserError(ValueError):
-    """Something the user can mend. train.py prints it as one line and exits with code 2."""
+    """An error that the user can fix. train.py prints it as one line and exits with code 2."""
 
 
 def first_line(error):
-    """What an error says, in one line; its type where it says nothing."""
+    """The first line of an error's message, or its repr if the message is empty."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def out_of_memory(error):
     """Whether an error says that the device, or the machine, has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    refused = ("can't allocate memory", "Cannot allocate memory")  # by PyTorch, by the system
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in refused)
 
 
 # ---------------------------------------------------------------- the policy
-def log_policy(logits, temperature):
-    """The one definition of the policy: (..., V) logits -> (..., V) float32 log-probabilities.
-
-    Sampler and scorer both call it, so the policy that is trained is the one that sampled. There is no top-k or top-p:
-    with them, a token could be drawn from one distribution and scored by another.
-    """
-    return F.log_softmax(logits.float() / temperature, dim=-1)
-
-
 class Policy:
     """A language model that plays one agent or several, with its tokenizer and, if it trains, its optimizer.
 
-    One policy for each agent is the paper's setting; one policy for all agents is parameter sharing. dtype: what the
-    model computes in. The optimizer keeps float32 copies of lower-precision weights (masters), because a step at the
-    usual learning rates is smaller than the spacing of bfloat16 numbers and would be lost.
+    One policy for each agent is the paper's setting. One policy for several agents shares all weights or, with
+    adapters, keeps the model frozen and trains a low-rank update of it for each agent. dtype: what the model computes
+    in. The optimizer works on float32 copies (masters) of lower-precision weights, because a step at the usual learning
+    rates is smaller than the spacing of bfloat16 numbers and would be lost.
     """
 
-    def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True):
+    def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True, adapters=None):
+        """adapters: None, or for each agent the tensors of the adapter that it starts with; {} for a new one."""
         prepare_layers(model)
         self.model, self.tokenizer, self.agents, self.dtype = model, tokenizer, list(agents), dtype
-        self.reference = None  # another Policy, frozen, for the kl term
         self.stop_ids = known_stop_ids(model, tokenizer)
         self.context = context_length(model.config)  # tokens of a prompt and its completion together
         # A CUDA graph is captured on the current device.
         self.graphs = model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
+        self.adapters = Adapters(model, self.agents, adapters, cfg) if adapters else None
+        self.bare = False  # True: compute without the adapters
+        self.reference = None  # another Policy, frozen, for the kl term
         use_group_attention(self)
-        self.trained = self.masters = [p for p in model.parameters() if p.requires_grad] if train else []
-        if dtype != torch.float32:
-            self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
-            for p in model.parameters():  # not model.to(dtype), which would also round the rotary frequencies
-                p.data = p.data.to(dtype)
+        self.trained = [p for p in model.parameters() if p.requires_grad] if train else []
+        if not adapters and dtype == torch.float32:
+            self.masters = {self.agents[0]: self.trained}
+        else:
+            learners = self.agents if adapters else self.agents[:1]
+            pieces = {agent: [self.piece(p.detach(), agent) for p in self.trained] for agent in learners}
+            self.masters = {a: [p.float().clone().requires_grad_() for p in some] for a, some in pieces.items()}
+        for p in model.parameters() if dtype != torch.float32 else ():
+            p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
+        self.lr, self.warmup = cfg.lr or (6e-4 if adapters else 6e-5), cfg.warmup
         if train:
-            self.optimizer = torch.optim.AdamW(self.masters, lr=cfg.lr, weight_decay=0.0, fused=True)
-            # Adam's first steps move every weight by the whole learning rate, however small its gradient.
-            warmup = lambda n: min(1, (n + 1) / (cfg.warmup + 1))  # noqa: E731
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, warmup)
+            groups = [{"params": masters, "steps": 0} for masters in self.masters.values()]
+            self.optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.0, fused=True)
+        if adapters:
+            self.reference = copy.copy(self)
+            self.reference.bare = True
+
+    def choose_adapters(self, groups, tokens):
+        """Tell the adapters whose tokens the next call of the model computes: so many of each group, in their order."""
+        if self.adapters:
+            agents = torch.tensor([self.agents.index(group.agent) for group in groups]).repeat_interleave(tokens)
+            self.adapters.choose(None if self.bare else agents.to(self.model.device))
+
+    def piece(self, tensor, agent):
+        """What belongs to an agent of a weight of the model, or of its gradient: with adapters, a part of it."""
+        return tensor[self.agents.index(agent)] if self.adapters else tensor
 
     def encode(self, prompt):
         """Token ids of a text, as one user message where the tokenizer has a chat template. Lists pass through."""
@@ -388,58 +415,165 @@ class Policy:
 
     def collect_gradients(self):
         """Add the model's gradients to those of the masters, in float32."""
-        for p, master in zip(self.trained, self.masters, strict=True):
-            if p is not master and p.grad is not None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+        for agent, masters in self.masters.items():
+            for p, master in zip(self.trained, masters, strict=True):
+                if p is not master and p.grad is not None:
+                    grad = self.piece(p.grad, agent).float()
+                    master.grad = grad if master.grad is None else master.grad.add_(grad)
+        if self.masters[self.agents[0]] is not self.trained:
+            self.model.zero_grad(set_to_none=True)
 
-    def step(self, max_grad_norm):
-        """One optimizer step, with the gradient clipped to a norm. Returns the norm that it had."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
-        if not np.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm of agent {self.agents[0]} is {norm}")
+    def step(self, max_grad_norm, learners):
+        """One optimizer step, with the gradient clipped to a norm -> {agent: the norm that it had}.
+
+        With adapters, each agent has a norm and a step of its own, and only those in `learners` make a step: Adam's
+        momentum would move the others without a gradient.
+        """
+        norms = {}
+        for group, (agent, masters) in zip(self.optimizer.param_groups, self.masters.items(), strict=True):
+            if self.adapters and agent not in learners:
+                for master in masters:
+                    master.grad = None
+                continue
+            world.sum_gradients(masters)
+            norms[agent] = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm).item()
+            if not np.isfinite(norms[agent]):
+                raise FloatingPointError(f"the gradient norm of agent {agent} is {norms[agent]}")
+            # Adam's first steps move every weight by the whole learning rate, however small its gradient.
+            group["lr"] = self.lr * min(1, (group["steps"] + 1) / (self.warmup + 1))
+            group["steps"] += 1
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.copy_masters()
-        return norm
+        return norms
 
     @torch.no_grad()
     def copy_masters(self):
         """Round the masters to the precision that the model computes in."""
-        for p, master in zip(self.trained, self.masters, strict=True):
-            if p is not master:
-                p.copy_(master)
+        for agent, masters in self.masters.items():
+            for p, master in zip(self.trained, masters, strict=True):
+                if p is not master:
+                    self.piece(p, agent).copy_(master)
 
     def state(self):
-        """What a checkpoint keeps: float32 weights, the optimizer's moments, the schedule."""
-        masters = [p.detach() for p in self.masters]
-        return {"masters": masters, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        """What a checkpoint keeps: float32 weights, the optimizer's moments and steps."""
+        masters = {agent: [p.detach() for p in masters] for agent, masters in self.masters.items()}
+        return {"masters": masters, "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state):
         """Continue from a checkpoint, equal to the last bit."""
         with torch.no_grad():
-            for p, saved in zip(self.masters, state["masters"], strict=True):
-                p.copy_(saved)
+            for agent, masters in self.masters.items():
+                for p, saved in zip(masters, state["masters"][agent], strict=True):
+                    p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.copy_masters()
+
+    def merged(self, agent):
+        """The weights of an agent by name, its adapter added; None without adapters: they are the model's own."""
+        return self.adapters.merged(self.model, self.agents.index(agent)) if self.adapters else None
+
+
+class Adapters:
+    """A low-rank update of every linear layer but the output for each of N agents (LoRA, arXiv 2106.09685).
+
+        y = W x + (alpha / r) B_i A_i x       for agent i, with W frozen and alpha = 32
+
+    The A of all agents lie behind each other in one matrix, and so do the B. One product computes the columns of all
+    agents, and a mask keeps those of the agent that a token belongs to. So one batch holds rows of different agents.
+    """
+
+    alpha = 32
+
+    def __init__(self, model, agents, starts, cfg):
+        self.rank, self.num_agents, self.layers = cfg.rank, len(agents), {}
+        self.columns = None  # (tokens, N * r): alpha / r on the columns of each token's agent; None: the bare model
+        model.requires_grad_(False)
+        for name, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not model.get_output_embeddings():
+                is_linear = isinstance(layer, torch.nn.Linear)  # GPT-2's Conv1D is the same with W^T
+                inputs, outputs = layer.weight.shape[::-1] if is_linear else layer.weight.shape
+                # A starts at random and B at zero, so the first update is that of B. Every agent's random numbers are
+                # its own, however many agents there are.
+                streams = [np.random.default_rng((cfg.seed, agent, len(self.layers))) for agent in agents]
+                draws = [stream.standard_normal((cfg.rank, inputs), np.float32) for stream in streams]
+                down = torch.from_numpy(np.stack(draws)) / inputs**0.5
+                layer.down = torch.nn.Parameter(down.to(model.device))  # (N, r, in): A
+                layer.up = torch.nn.Parameter(torch.zeros(len(agents), cfg.rank, outputs, device=model.device))  # B^T
+                layer.register_forward_hook(self.add_update)
+                self.layers[name] = layer
+        for i, start in enumerate(starts):
+            if start:
+                self.load(i, start)
+
+    def choose(self, agents):
+        """From now on, the t-th token of the model's input belongs to the agent in place agents[t]; None: to nobody."""
+        self.columns = None
+        if agents is not None:
+            columns = F.one_hot(agents, self.num_agents).repeat_interleave(self.rank, 1)
+            self.columns = columns * (self.alpha / self.rank)
+
+    def add_update(self, layer, inputs, out):
+        """The forward hook of a linear layer."""
+        if self.columns is None:
+            return out
+        hidden = F.linear(inputs[0], layer.down.flatten(0, 1))  # (rows, T, N * r)
+        hidden = hidden * self.columns.to(hidden.dtype).view_as(hidden)
+        return out + hidden @ layer.up.flatten(0, 1)
+
+    @torch.no_grad()
+    def merged(self, model, i):
+        """The model's weights by name, with the update of the i-th agent added."""
+        weights = {name: p for name, p in model.state_dict().items() if not name.endswith((".down", ".up"))}
+        for name, layer in self.layers.items():
+            update = (self.alpha / self.rank) * layer.up[i].float().T @ layer.down[i].float()  # (out, in)
+            update = update if isinstance(layer, torch.nn.Linear) else update.T
+            weights[f"{name}.weight"] = (layer.weight.float() + update).to(layer.weight.dtype)
+        return weights
+
+    def tensors(self, i):
+        """The adapter of the i-th agent, by PEFT's names."""
+        named = {}
+        for name, layer in self.layers.items():
+            named[f"base_model.model.{name}.lora_A.weight"] = layer.down[i].detach().float().contiguous()
+            named[f"base_model.model.{name}.lora_B.weight"] = layer.up[i].detach().float().T.contiguous()
+        return named
+
+    def peft_config(self):
+        """What PEFT has to know to load the tensors, but for the name of the model."""
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "bias": "none",
+        }
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in self.layers})
+        config["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in self.layers.values())
+        return config
+
+    @torch.no_grad()
+    def load(self, i, tensors):
+        """Set the adapter of the i-th agent, by PEFT's names."""
+        for name, layer in self.layers.items():
+            layer.down[i].copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
+            layer.up[i].copy_(tensors[f"base_model.model.{name}.lora_B.weight"].T)
 
 
 def prepare_layers(model):
-    """Switch off dropout, and compute single tokens in the faster order (see Linear)."""
+    """Switch off dropout, and use the faster product for single tokens (see Linear)."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
-        # With dropout, the policy that is scored would not be the one that sampled. Some families call the function,
-        # with rates that they keep under names of their own.
+        # With dropout, the policy that is scored would not be the one that sampled. Some models call F.dropout with a
+        # rate that they store in an attribute of their own.
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
 
 
 class Linear(torch.nn.Linear):
-    """The same product, in the order that is faster for one token of each row: (W x^T)^T instead of x W^T.
+    """The same product as (W x^T)^T instead of x W^T, which is faster when each row has one token.
 
     In float32 on a CPU this takes a third off a decode step of 16 rows.
     """
@@ -462,8 +596,8 @@ def known_stop_ids(model, tokenizer):
 
 def context_length(config):
     """How many tokens a prompt and its completion may have together; infinite if there is no limit."""
-    # Beyond a sliding window, or beyond the length up to which longrope has one set of frequencies, the sampler and the
-    # scorer would compute a token in different ways.
+    # Beyond a sliding window, or the length at which longrope changes its frequencies, the sampler and the scorer would
+    # compute a token in different ways.
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -477,7 +611,7 @@ def fit_prompt(policy, task, agent, node, cfg):
     for dropped in range(len(node.history) + 1):
         ids = policy.encode(task.prompts(node.item, node.history[dropped:])[agent])
         if max(ids, default=0) >= vocabulary:
-            raise UserError(f"token {max(ids)} of the tokenizer is none of the model's {vocabulary}: they do not fit")
+            raise UserError(f"the tokenizer's token {max(ids)} is outside the model's vocabulary of {vocabulary}")
         if len(ids) + cfg.max_new_tokens <= policy.context:
             return ids, dropped
     raise UserError(
@@ -488,11 +622,10 @@ def fit_prompt(policy, task, agent, node, cfg):
 
 # ---------------------------------------------------------------- one prompt for a group
 class Prompts:
-    """B prompts as a tensor, padded on the right, where a causal prompt never looks.
+    """B prompts as a tensor, padded on the right: causal attention never reaches the padding.
 
-    The last token of a prompt opens each of its G completions: it is computed as their first column. So the logits of
-    every completion column predict the next token, and the first sampled token is no special case. Completions look at
-    the prompt without that token, and at what they have said themselves.
+    Each completion starts with a copy of the prompt's last token, so the logits of its column c predict its token c,
+    and the first token is no special case. In the shared prompt, that token is therefore hidden from completions.
     """
 
     def __init__(self, prompts, group, device):
@@ -504,15 +637,15 @@ class Prompts:
         self.places = torch.arange(width, device=device).expand_as(self.ids)  # (B, P) position of each token
         self.real = self.places < lengths  # (B, P) False on padding
         self.visible = self.places < lengths - 1  # (B, P) where completions look
-        self.opener = self.ids.gather(1, lengths - 1).repeat_interleave(group, 0)  # (R, 1) ids
-        self.opener_place = (lengths - 1).repeat_interleave(group, 0)  # (R, 1)
+        self.opener = self.ids.gather(1, lengths - 1).repeat_interleave(group, 0)  # (BG, 1) ids
+        self.opener_place = (lengths - 1).repeat_interleave(group, 0)  # (BG, 1)
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, *, group_attend, **kwargs):
-    """What stands in for a model's attention: it hands queries, keys and values to the function group_attend.
+    """Replaces a model's attention: hands queries, keys and values to the function group_attend.
 
-    transformers passes what it does not know, such as group_attend, through from the call of the model to here. There
-    are three such functions: GroupCache.read_prompts, GroupCache.attend_next and Batch.attend_all. Each takes the
+    transformers forwards unknown keyword arguments, such as group_attend, from the call of the model to this function.
+    There are three functions: GroupCache.read_prompts, GroupCache.attend_next and MicroBatch.attend_all. Each takes the
     layer's number, query (rows, heads, T, D), key and value (rows, Hkv, T, D), and a scale, and returns
     (rows, T, heads, D).
     """
@@ -531,11 +664,11 @@ def attend_causally(query, key, value, scale):
 
 
 class GroupCache:
-    """Keys and values while sampling: of B prompts, once each, and of the R completions that grow from them.
+    """Keys and values while sampling: of B prompts, once each, and of the BG completions that grow from them.
 
-    prompt[layer]: two tensors (B, Hkv, P, D). own[layer]: two (R, Hkv, C, D), filled up to `column`, zeros behind it.
+    prompt[layer]: two tensors (B, Hkv, P, D). own[layer]: two (BG, Hkv, C, D), filled up to `column`, zeros behind it.
     hidden: (B, P + C), True where the current token may not look. A decode step can be a CUDA graph, because `column`
-    is a tensor and no shape depends on it. It reads `width` of the C columns, however few are filled.
+    is a tensor and no shape depends on it: each step reads `width` of the C columns, filled or not.
     """
 
     def __init__(self, prompts, max_new_tokens):
@@ -546,12 +679,12 @@ class GroupCache:
         self.width = min(256, max_new_tokens)
 
     def next_column(self):
-        """Move on to the next column of the completions. From now on every row looks at it."""
+        """Move on to the next column of the completions, and make it visible to attention."""
         self.column += 1
         self.hidden.index_fill_(1, self.prompts.ids.shape[1] + self.column, False)
 
     def read_prompts(self, layer, query, key, value, scale):
-        """Attention of all prompts, which come one after the other in one row, without padding; keeps their keys."""
+        """Attention of all prompts, packed in one row without padding. Stores their keys and values."""
         queries, keys, values = (x.split(self.prompts.lengths, 2) for x in (query, key, value))
         out = [attend_causally(*prompt, scale) for prompt in zip(queries, keys, values, strict=True)]
         self.prompt[layer] = [pad_columns(keys), pad_columns(values)]
@@ -567,21 +700,21 @@ class GroupCache:
             self.own[layer] = [key.new_zeros(shape), value.new_zeros(shape)]
         for buffer, new in zip(self.own[layer], (key, value), strict=True):
             buffer.index_copy_(2, self.column, new)
-        own_keys, own_values = (buffer[:, :, : self.width] for buffer in self.own[layer])  # (R, Hkv, S, D)
+        own_keys, own_values = (buffer[:, :, : self.width] for buffer in self.own[layer])  # (BG, Hkv, S, D)
         prompt_keys, prompt_values = self.prompt[layer]  # (B, Hkv, P, D)
-        (B, Hkv, P, D), (R, heads, *_), S = prompt_keys.shape, query.shape, self.width
-        G, share = R // B, heads // Hkv
+        (B, Hkv, P, D), (BG, heads, *_), S = prompt_keys.shape, query.shape, self.width
+        G, share = BG // B, heads // Hkv
         query = query * scale
         folded = query.reshape(B, G, Hkv, share, D).transpose(1, 2).reshape(B, Hkv, G * share, D)
         to_prompt = (folded @ prompt_keys.mT).view(B, Hkv, G, share, P)
-        to_own = query.reshape(R, Hkv, share, D) @ own_keys.mT
+        to_own = query.reshape(BG, Hkv, share, D) @ own_keys.mT
         to_own = to_own.view(B, G, Hkv, share, S).transpose(1, 2)  # (B, Hkv, G, share, S)
         scores = torch.cat([to_prompt, to_own], dim=-1).float()  # softmax in float32, whatever the model computes in
         scores.masked_fill_(self.hidden[:, None, None, None, : P + S], float("-inf"))
         on_prompt, on_own = scores.softmax(-1).to(query.dtype).split([P, S], dim=-1)
         out = (on_prompt.reshape(B, Hkv, G * share, P) @ prompt_values).view(B, Hkv, G, share, D).transpose(1, 2)
-        own = on_own.transpose(1, 2).reshape(R, Hkv, share, S) @ own_values
-        return out.reshape(R, 1, heads, D) + own.view(R, 1, heads, D)
+        own = on_own.transpose(1, 2).reshape(BG, Hkv, share, S) @ own_values
+        return out.reshape(BG, 1, heads, D) + own.view(BG, 1, heads, D)
 
 
 def pad_columns(parts):
@@ -590,8 +723,8 @@ def pad_columns(parts):
     return rows.transpose(1, 2).contiguous()
 
 
-class Batch:
-    """The completions `members` (a slice) of B groups, on the device, for one pass of the scorer: R rows of C tokens.
+class MicroBatch:
+    """The completions `members` (a slice) of B groups, on the device, for one pass of the scorer: BG rows of C tokens.
 
     The model sees one row for each group, `prompt | completion 0 | completion 1 | ...`. Nothing is kept between layers,
     so gradient checkpointing may compute a layer twice.
@@ -600,16 +733,16 @@ class Batch:
     def __init__(self, groups, members, device):
         self.groups = groups
         C = max(int(group.mask[members].sum(1).max()) for group in groups)  # trimmed to the longest
-        for name in ("tokens", "mask", "logp", "weight"):  # (R, C) each
+        for name in ("tokens", "mask", "logp", "weight"):  # (BG, C) each
             parts = [getattr(group, name)[members, :C] for group in groups]
             rows = [F.pad(part, (0, C - part.shape[1])) for part in parts]
             setattr(self, name, torch.cat(rows).to(device))
-        self.advantage = torch.cat([group.advantage[members] for group in groups]).to(device)[:, None]  # (R, 1)
-        R = len(self.tokens)
-        self.prompts = Prompts([group.prompt for group in groups], R // len(groups), device)
-        # Where each token of a completion looks, (R, 1, C, P + C): at its prompt, and at itself up to its own column.
-        prompt = self.prompts.visible.repeat_interleave(R // len(groups), 0)[:, None].expand(R, C, -1)
-        own = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(R, C, C)
+        self.advantage = torch.cat([group.advantage[members] for group in groups]).to(device)[:, None]  # (BG, 1)
+        BG = len(self.tokens)
+        self.prompts = Prompts([group.prompt for group in groups], BG // len(groups), device)
+        # Where each token of a completion looks, (BG, 1, C, P + C): at its prompt, and at itself up to its own column.
+        prompt = self.prompts.visible.repeat_interleave(BG // len(groups), 0)[:, None].expand(BG, C, -1)
+        own = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(BG, C, C)
         self.looks = torch.cat([prompt, own], 2)[:, None]
 
     def __str__(self):
@@ -617,14 +750,16 @@ class Batch:
 
     def attend_all(self, layer, query, key, value, scale):
         """Attention of whole rows: the prompt to itself, and every completion to the prompt and itself."""
-        (B, P), (R, C) = self.prompts.ids.shape, self.tokens.shape
+        (B, P), (BG, C) = self.prompts.ids.shape, self.tokens.shape
         share = query.shape[1] // key.shape[1]
 
-        def completions(x):  # (B, heads, P + G * C, D) -> (R, heads, C, D)
-            return x[:, :, P:].unflatten(2, (R // B, C)).transpose(1, 2).flatten(0, 1)
+        def completions(x):  # (B, heads, P + G * C, D) -> (BG, heads, C, D)
+            return x[:, :, P:].unflatten(2, (BG // B, C)).transpose(1, 2).flatten(0, 1)
 
-        def with_prompt(x):  # (B, Hkv, P + G * C, D) -> (R, heads, P + C, D); no scores are kept, so this copy is cheap
-            joined = torch.cat([x[:, :, :P].repeat_interleave(R // B, 0), completions(x)], 2)
+        def with_prompt(
+            x,
+        ):  # (B, Hkv, P + G * C, D) -> (BG, heads, P + C, D); no scores are kept, so this copy is cheap
+            joined = torch.cat([x[:, :, :P].repeat_interleave(BG // B, 0), completions(x)], 2)
             return joined.repeat_interleave(share, 1)
 
         out = attend_causally(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale)  # (B, P, heads, D)
@@ -635,31 +770,32 @@ class Batch:
 
 @torch.no_grad()
 def use_group_attention(policy):
-    """Switch the policy's model to group_attention, if it samples and scores with it as with its own attention.
+    """Switch the policy's model to group_attention, after checking that it reproduces the model's own attention.
 
-    Raises UserError for a model whose layers do something that the three functions do not know.
+    The check samples and scores two short prompts. Raises UserError for a model whose attention is another one.
     """
     AttentionInterface.register("group", group_attention)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares a kernel anew for every length that it meets
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a kernel for each new length
     model = policy.model
     training, usual = model.training, model.config._attn_implementation
     ids = torch.randint(model.config.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     cfg = Settings(group=2, max_new_tokens=3, temperature=1.0)
-    groups = [Group(0, 0, 0, ids[:3], (0,)), Group(0, 1, 0, ids[3:], (1,))]
+    groups = [Group(policy.agents[0], 0, 0, ids[:3], (0,)), Group(policy.agents[0], 1, 0, ids[3:], (1,))]
     try:
         model.set_attn_implementation("group")
         sample(policy, groups, cfg)
-        batch = Batch(groups, slice(None), model.device)
+        batch = MicroBatch(groups, slice(None), model.device)
         found = torch.stack([batch.logp, token_logprobs(policy, batch, cfg)])
         model.eval().set_attn_implementation(usual)
         expected = torch.zeros_like(batch.logp)
         for b, prompt in enumerate([ids[:3], ids[3:]]):
             tokens = batch.tokens[2 * b : 2 * b + 2]
             rows = torch.cat([tokens.new_tensor([prompt, prompt]), tokens], 1)
+            policy.choose_adapters(groups[:1], rows.numel())
             logits = model(rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
             expected[2 * b : 2 * b + 2] = log_policy(logits, 1.0).gather(2, tokens[..., None])[..., 0]
         model.train(training).set_attn_implementation("group")
-    except Exception as error:  # what is refused above, and what the calls of other families end in
+    except Exception as error:  # ours, and whatever unsupported models raise
         if out_of_memory(error):
             raise
         raise UserError(f"group attention does not work with {type(model).__name__}: {first_line(error)}") from error
@@ -681,12 +817,14 @@ def sample(policy, groups, cfg):
     model.eval()  # in training mode, gradient checkpointing would be on
     shape = cfg.group, cfg.max_new_tokens
     draws = [np.random.default_rng(group.stream).random(shape, np.float32) for group in groups]
-    uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (R, C): one number decides each token
+    uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (BG, C): one number decides each token
     prompts = Prompts([group.prompt for group in groups], cfg.group, device)
     cache = GroupCache(prompts, cfg.max_new_tokens)
+    policy.choose_adapters(groups, torch.tensor(prompts.lengths))
     call = {"position_ids": prompts.places[prompts.real][None], "use_cache": False, "logits_to_keep": 1}
     model(prompts.ids[prompts.real][None], **call, group_attend=cache.read_prompts)  # in one row, without padding
 
+    policy.choose_adapters(groups, cfg.group)
     stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
     token, place = prompts.opener, prompts.opener_place
     ended = torch.zeros_like(token, dtype=torch.bool)
@@ -698,7 +836,7 @@ def sample(policy, groups, cfg):
         """Draw the next token of every row. All of it happens in place, so that it can be repeated as a CUDA graph."""
         cache.next_column()
         logits = model(token, position_ids=place, use_cache=False, group_attend=cache.attend_next).logits[:, -1]
-        logp = log_policy(logits, cfg.temperature)  # (R, V)
+        logp = log_policy(logits, cfg.temperature)  # (BG, V)
         token.copy_(inverse_cdf(logp.exp(), uniform.index_select(1, cache.column)))
         tokens.index_copy_(1, cache.column, token)
         mask.index_copy_(1, cache.column, ~ended)
@@ -732,14 +870,14 @@ def sample(policy, groups, cfg):
 
 
 def as_graph(step, policy):
-    """A decode step as a CUDA graph: a thousand small kernels, which a GPU runs much faster than Python starts them."""
+    """A decode step as a CUDA graph: Python takes longer to launch its thousand kernels than a GPU to run them."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # The first context returns to the stream also where the second one fails.
+        # The outer context restores the stream even if the capture fails.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, capture_error_mode="thread_local"), refused_waits():
             step()
         return graph.replay
-    except RuntimeError as error:  # the model waits for numbers from the GPU, to choose experts or to stretch positions
+    except RuntimeError as error:  # the model waits for the GPU, for example to route tokens to experts
         if out_of_memory(error):
             raise
         policy.graphs = False
@@ -748,8 +886,8 @@ def as_graph(step, policy):
 
 @contextlib.contextmanager
 def refused_waits():
-    """What would wait for the GPU raises RuntimeError in here; a wait in a capture leaves its memory in disorder."""
-    with warnings.catch_warnings(action="ignore"):  # torch says that it may not notice all of them
+    """Raise RuntimeError where Python would wait for the GPU: during a capture, that corrupts the graph's memory."""
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it may miss some
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -758,31 +896,35 @@ def refused_waits():
 
 
 def inverse_cdf(probs, u):
-    """Draw from (R, V) probabilities with one uniform number in [0, 1) for each row, (R, 1) -> ids (R, 1)."""
+    """Draw from (BG, V) probabilities with one uniform number in [0, 1) for each row, (BG, 1) -> ids (BG, 1)."""
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    # u * total may round up to the total. Below it, the first entry above the target has a probability above 0.
+    # u * total may round up to the total. Strictly below it, the first cdf entry above the target belongs to a token
+    # with a probability above 0.
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).clamp_(max=probs.shape[-1] - 1)  # NaN is above all
+    return torch.searchsorted(cdf, target, right=True).clamp_(
+        max=probs.shape[-1] - 1
+    )  # for NaN, searchsorted returns V
 
 
 def token_logprobs(policy, batch, cfg):
-    """Log-probability of every sampled token of a batch, (R, C) float32, with gradient; 0 where the mask is False."""
-    prompts, (R, C) = batch.prompts, batch.tokens.shape
-    before = torch.cat([prompts.opener, batch.tokens[:, :-1]], 1)  # (R, C) the token that each column's logits follow
-    places = prompts.opener_place + torch.arange(C, device=before.device)  # (R, C)
+    """Log-probability of every sampled token of a batch, (BG, C) float32, with gradient; 0 where the mask is False."""
+    prompts, (BG, C) = batch.prompts, batch.tokens.shape
+    before = torch.cat([prompts.opener, batch.tokens[:, :-1]], 1)  # (BG, C) input token of each column
+    places = prompts.opener_place + torch.arange(C, device=before.device)  # (BG, C)
     tokens = torch.cat([prompts.ids, before.view(len(prompts.ids), -1)], 1)  # (B, P + G * C): one row for each group
     places = torch.cat([prompts.places, places.view(len(prompts.ids), -1)], 1)
-    call = {"position_ids": places, "use_cache": False, "logits_to_keep": R * C // len(tokens)}
-    logits = policy.model(tokens, **call, group_attend=batch.attend_all).logits.view(R, C, -1)
+    call = {"position_ids": places, "use_cache": False, "logits_to_keep": BG * C // len(tokens)}
+    policy.choose_adapters(batch.groups, tokens.shape[1])
+    logits = policy.model(tokens, **call, group_attend=batch.attend_all).logits.view(BG, C, -1)
     return TokenLogProb.apply(logits, batch.tokens, cfg.temperature).masked_fill(~batch.mask, 0.0)
 
 
 class TokenLogProb(torch.autograd.Function):
-    """log_policy(logits, temperature) at the tokens: (R, C, V) and (R, C) -> (R, C), one row at a time.
+    """log_policy(logits, temperature) at the tokens: (BG, C, V) and (BG, C) -> (BG, C), one row at a time.
 
     The same as gather after log_policy, with less memory: logits are the largest tensors of training. Float32 copies
-    of them exist for one row only, and the backward pass writes the gradient once, as softmax less one-hot.
+    of them exist for one row only, and the backward pass writes the gradient, one-hot minus softmax, only once.
     """
 
     @staticmethod
@@ -810,7 +952,7 @@ class World:
     Layout "together": every process holds all agents. "apart": each agent lives on processes of its own, as in the
     paper's decentralised execution. Processes with the same agents and different items are replicas: they sum
     gradients. Processes with the same items and different agents are peers: they exchange texts, rewards and advice,
-    and nothing else crosses between agents.
+    and no other data of an agent.
     """
 
     rank = peer = replica = 0
@@ -818,17 +960,17 @@ class World:
     replicas = peers = None  # process groups
 
     def start(self, layout, num_agents):
-        """Divide the processes of torch.distributed."""
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.num_peers = num_agents if layout == "apart" else 1
-        if self.size % self.num_peers:
+        """Divide the processes of torch.distributed, if it is on."""
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        peers = num_agents if layout == "apart" else 1
+        if self.size % peers:
             raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
-        self.num_replicas = self.size // self.num_peers
+        self.num_peers, self.num_replicas = peers, self.size // peers
         self.peer, self.replica = divmod(self.rank, self.num_replicas)
         grid = torch.arange(self.size).view(self.num_peers, self.num_replicas)
-        # Every process has to create every process group, in the same order.
-        self.replicas = [dist.new_group(row) for row in grid.tolist()][self.peer]
-        self.peers = [dist.new_group(column) for column in grid.T.tolist()][self.replica]
+        if self.size > 1:  # every process has to create every process group, in the same order
+            self.replicas = [dist.new_group(row) for row in grid.tolist()][self.peer]
+            self.peers = [dist.new_group(column) for column in grid.T.tolist()][self.replica]
 
     def share(self, items):
         """This process's items, each with its slot: its place among all items, however they are divided."""
@@ -836,11 +978,7 @@ class World:
 
     def divide(self, function, jobs):
         """function(jobs), where each peer computes a share and all get the results, in order."""
-        mine = jobs[self.peer :: self.num_peers]
-        results = function(mine)
-        if len(results) != len(mine):
-            raise UserError(f"the task's rewards are {len(results)} for {len(mine)} joint actions")
-        shares = self.exchange(results)
+        shares = self.exchange(function(jobs[self.peer :: self.num_peers]))
         return [shares[i % self.num_peers][i // self.num_peers] for i in range(len(jobs))]
 
     def exchange_texts(self, nodes):
@@ -850,7 +988,7 @@ class World:
                 node.texts.update(theirs)
 
     def exchange(self, value):
-        """The values of all peers, in the order of their agents: all that agents see of each other passes here."""
+        """The values of all peers, in the order of their agents: all that crosses between agents that live apart."""
         return self.gather(value, self.peers)
 
     def sum(self, tensor):
@@ -884,7 +1022,7 @@ world = World()
 class Metrics:
     """Named means, kept as (sum, count), so that they add up over batches and processes and are divided once.
 
-    A count of 0 throughout makes a plain total. Peaks are maxima.
+    A metric whose count is always 0 is a plain sum. Peaks are merged by their maximum.
     """
 
     def __init__(self):
@@ -930,7 +1068,7 @@ def record_rollout(metrics, turns, seconds, num_items):
 
 
 def record_rewards(metrics, node, t):
-    """Rewards of a node's joint actions; their mean over turns, and the parts, of those that nothing continues."""
+    """reward/turn_t is a mean over all joint actions; "reward" and its parts only over those that nothing continues."""
     metrics.add(f"reward/turn_{t}", sum(reward["total"] for reward in node.rewards), len(node.rewards))
     if t == 0:
         metrics.add("return", node.returns.sum(), len(node.returns))
@@ -943,47 +1081,51 @@ def record_rewards(metrics, node, t):
         metrics.add("expert/failed", node.history[-1]["advice"] is None, 0)
 
 
-def record_ratio(metrics, logp, batch, cfg, fresh):
-    """How far the policy is from the one that sampled: at first the rounding of two ways to compute, then the steps."""
+def record_ratio(metrics, logp, batch, cfg, on_policy):
+    """How far the policy is from the one that sampled. Before the first step, that is rounding alone."""
     ratio = torch.exp(logp - batch.logp)
     too_high = (batch.advantage > 0) & (ratio > 1 + cfg.clip_eps_high)
     too_low = (batch.advantage < 0) & (ratio < 1 - cfg.clip_eps)
     count = batch.mask.sum()
     metrics.add("clip_fraction", ((too_high | too_low) & batch.mask).sum(), count)
     metrics.add("approx_kl", ((ratio - 1 - (logp - batch.logp)) * batch.mask).sum(), count)
-    if fresh:
+    if on_policy:
         metrics.peak("ratio_max", (ratio[batch.mask] - 1).abs().max().item())
 
 
 EVALUATION = 2**32  # takes the place of the step in random streams: no training step reaches it
 
 
-def evaluate(policies, task, items, cfg, nodes=32):
-    """The same rollout on held-out items, cfg.eval_group answers each -> turns of the first `nodes`, and metrics."""
+def evaluate(policies, task, items, cfg, at_once=32):
+    """A rollout on held-out items, eval_group answers each. Returns (turns of the first items, metrics)."""
     metrics, first = Metrics(), []
     cfg = replace(cfg, group=cfg.eval_group, joint="aligned")
     mine = world.share(items)
-    for i in range(0, len(mine), nodes):
+    for i in range(0, len(mine), at_once):
         start = time.perf_counter()
-        turns = rollout(policies, task, mine[i : i + nodes], cfg, EVALUATION)
+        turns = rollout(policies, task, mine[i : i + at_once], cfg, EVALUATION)
         assign_credit(turns, cfg)
         record_rollout(metrics, turns, time.perf_counter() - start, len(items))
         first = first or turns
     return first, metrics.of_all_processes()
 
 
-def plain_numbers(reward):
-    """A reward with Python's numbers in place of numpy's and torch's scalars, which a log would not take."""
-    if isinstance(reward, dict):
-        reward = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
-        if isinstance(reward.get("total"), (int, float)):
-            return reward
-    raise UserError(f'the task\'s reward has to be a dict with a number as "total", not {reward!r}')
+def checked_rewards(task, jobs):
+    """The task's rewards of (item, history, texts) jobs, as dicts with numbers that a log can hold."""
+    rewards, kind = list(task.rewards(jobs)), type(task).__name__
+    if len(rewards) != len(jobs):
+        raise UserError(f"the task {kind} has {len(rewards)} rewards for {len(jobs)} joint actions")
+    for i, reward in enumerate(rewards):
+        if isinstance(reward, dict):  # numpy's and torch's scalars become Python's
+            rewards[i] = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
+        if not isinstance(reward, dict) or not isinstance(rewards[i].get("total"), (int, float)):
+            raise UserError(f'a reward of the task {kind} is {reward!r}, not a dict with a number as "total"')
+    return rewards
 
 
 def ask_expert(task, nodes):
     """Guided learning: another model's advice on the last answers goes into the history of each node."""
-    # Of agents that live apart, only the first one's process asks, or they would go on with different advice.
+    # Of agents that live apart, only the first one's process asks, so that all go on with the same advice.
     advice = task.advise([(node.item, node.history) for node in nodes]) if world.peer == 0 else None
     for node, texts in zip(nodes, world.exchange(advice)[0], strict=True):
         node.history[-1]["advice"] = texts

@@ -1,7 +1,8 @@
 """Rewards of the writing and coding tasks (arXiv 2508.04652).
 
 A reward is a dict: "total", the parts that sum to it and, for code, "passed" and "detail" beside them. The parts are
-levels, and each opens the next: what is not reached is 0.0. Model-written code is run in a sandbox (sandbox/judge.py).
+levels: one counts only if the level before it was reached, else it is 0. Model-written code runs in a sandbox
+(sandbox/judge.py).
 """
 
 import keyword
@@ -41,9 +42,9 @@ STOP_WORDS = frozenset(
 
 
 def tldr_reward(first: str, second: str) -> dict:
-    """Reward of a brief summary (`first`) and a detailed one (`second`), at most 3 (the paper's TLDR).
+    """Reward of a brief summary (`first`) and a detailed one (`second`), of 3 (the paper's TLDR).
 
-    All twelve kinds of connectives earn 95 % of the last part, so 2.98 is the most that can be reached.
+    All twelve kinds of connectives earn 95 % of the last part, so the most that can be reached is 2.98.
 
     Parts: structure (both have 8–256 words), length (ratio of characters), vocabulary (ratio of distinct words, which
     has no upper end here), consistency (overlap of the two word sets), coherence (kinds of connectives in `second`).
@@ -109,7 +110,7 @@ CODE_MAX = {"total": 4.0, "structure": 1.0, "syntax": 0.5, "tests": 1.0, "cooper
 
 MAX_ANSWER = 50_000  # characters of an answer that are read
 
-# What a line at the left edge can be: the start of code, its start before the first definition, or more of it.
+# An unindented line that starts code; that starts code only before the first definition; that continues code.
 START = re.compile(
     r"(async +)?def +\w|class +\w+ *[:(]|@\w|import +[\w.]+( +as +\w+)? *([,;#]|$)|from +[\w.]+ +import "
 )
@@ -124,7 +125,7 @@ MORE = re.compile(
     re.VERBOSE,
 )
 INDENTED_FENCE = re.compile(r"^([ \t]+)(```|~~~)(?s:.*?)^\1\2", re.MULTILINE)
-# Possessive, and with an end that may be missing: on hostile text, anything that goes back takes minutes.
+# Possessive, and the closing quote is optional: backtracking on hostile text would take minutes.
 LITERAL = re.compile(r"""("{3}|'{3})(?s:.*?)(\1|\Z)|"(\\.|[^"\\\n])*+"?|'(\\.|[^'\\\n])*+'?|#.*""")
 
 
@@ -155,7 +156,8 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     reward["structure"] = 0.4 * sum(defined) / len(defined) + 0.6 * detail["entry"]
     if detail["entry"]:
         job = {key: item[key] for key in ("prompt", "entry_point", "test")}
-        detail.update(run_sandbox({**job, "names": names, "program": [*helpers, entry]}))
+        found = run_sandbox({**job, "names": names, "program": [*helpers, entry]})
+        detail.update({name: value for name, value in found.items() if name != "isolation"})
         if detail["error"] is None:
             passed = [row["outcome"] == "passed" for row in detail["outcomes"]]
             reward["syntax"] = 0.5
@@ -167,17 +169,18 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
 
 
 def judge_many(jobs: list[tuple]) -> list[dict]:
-    """`code_reward` of each (aux, main, item), in order, on all the cores that this process may use."""
+    """`code_reward` of each (aux, main, item), in order, on this process's share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the other processes of this machine judge at the same time
+    with ThreadPoolExecutor(max(cores, 1)) as pool:
         return list(pool.map(lambda job: code_reward(*job), jobs))
 
 
 def extract_code(text: str) -> str:
     """The code of an answer, without Markdown's fences and the prose around it.
 
-    A line at the left edge tells whether what follows is code. In a fence all of it is, from the first such line on;
-    after the first definition only imports and further definitions start again, as an example of use does not.
+    An unindented line tells whether what follows is code. In a fence, all of it is from the first such line on. After
+    the first definition only imports and definitions start code again; an example call does not.
     """
     text = re.sub(r"\r\n?", "\n", text[:MAX_ANSWER].lstrip("\ufeff"))
     text = INDENTED_FENCE.sub(lambda block: textwrap.dedent(block[0]), textwrap.dedent(text)).strip()
@@ -198,7 +201,7 @@ def extract_code(text: str) -> str:
 
 
 def _defines(name: str, code: str) -> bool:
-    """Level 1 reads text, so that a syntax error costs only level 2: `def name(`, and `return` before the next def."""
+    """`def name(`, and `return` before the next def. Read off the text, so a syntax error costs only the next level."""
     depth = None  # of the definition that a line is in, if it is one of that name
     for line in LITERAL.sub("''", code).split("\n"):  # a docstring may speak of what the function returns
         start = re.match(r"([ \t]*)(?:def[ \t]+(\w+)[ \t]*\(|(?:async|def|class)\b)", line)

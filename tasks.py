@@ -1,11 +1,11 @@
 r"""Tasks: what the agents read, and what their joint answer is worth.
 
-A task is a pure function of an item (a dict of the data) and the history of one path through the tree (a list of
-{"texts": the N answers, "reward": the reward's parts}, empty in the first turn; where an expert was asked about that
-turn, "advice" has its N texts, or None if it failed):
+A task has train_items and eval_items, and these functions of an item (a dict of the data) and of the history of one
+path through the tree, a list of {"texts": the N answers, "reward": the reward's parts} for each earlier turn. Where an
+expert was asked about a turn, "advice" has its N texts, or None if it failed.
 
     prompts(item, history) -> N texts      reward(item, history, texts) -> {"total": ..., and its parts}
-    done(item, history) -> bool            train_items, eval_items
+    done(item, history) -> bool
 
 `Task` supplies the rest. A new task is a class and, at the end of this file, an entry in TASKS. This one rewards two
 agents for naming the same word without seeing each other's answer:
@@ -47,57 +47,55 @@ FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents
 
 # ---------------------------------------------------------------- data
 def load_items(source, fields):
-    """Items of a local .jsonl or .jsonl.gz, or of the train split of a Hub data set, as dicts that have all fields.
+    """Items of a .jsonl or .jsonl.gz file, or of the train split of a Hub data set: dicts that have all fields.
 
     A field may name alternatives, "abstract_text|text"; the first that is there is stored under the first name.
     Raises UserError with file and line for what cannot be used.
     """
-    path = Path(source)
+    path, items = Path(source), []
     if path.suffix not in (".jsonl", ".gz"):
-        return [check_item(row, fields, f"{source}, item {n}") for n, row in enumerate(load_hub(source))]
+        return [check_item(row, fields, f"{source}, item {n}") for n, row in enumerate(load_hub(source), 1)]
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = [(f"{source}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
+            for n, line in enumerate(file, 1):
+                if line.strip():
+                    items.append(check_item(parse(line, f"{source}, line {n}"), fields, f"{source}, line {n}"))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read --data {source}: {error}") from error
-    items = []
-    for where, line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
-            raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
-        items.append(check_item(row, fields, where))
     return items
+
+
+def parse(line, where):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
+        raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
 
 
 def load_hub(name):
     """The train split of a Hub data set, through the optional package `datasets`."""
     try:
         from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"--data {name} is no .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
-        ) from error
-    try:
+
         return load_dataset(name, split="train")
+    except ImportError as error:
+        wanted = "is no .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
+        raise UserError(f"--data {name} {wanted}") from error
     except Exception as error:  # the library raises many kinds: no network, no such set, no such split
         raise UserError(f"cannot load the data set {name}: {first_line(error)}") from error
 
 
 def check_item(row, fields, where):
-    """The row with its fields under their first names."""
+    """A copy of the row, with each field under its first name."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with {', '.join(fields)}")
     item = dict(row)
-    for field in fields:
-        names = field.split("|")
+    for names in [field.split("|") for field in fields]:
         value = next((row[name] for name in names if row.get(name)), None)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a character
-            raise UserError(f"{where}: the field {names[0]} is not Unicode text: {error.reason}") from error
+        if re.search("[\ud800-\udfff]", value):  # JSON escapes can be lone surrogates
+            raise UserError(f"{where}: the field {names[0]} is not Unicode text")
         item[names[0]] = value
     return item
 
@@ -108,15 +106,15 @@ class Task:
 
     default_data = None  # file in data/
     fields = ()  # text fields that every item must have
-    held_out = 32  # the last items are for evaluation; of a small set at most a quarter
+    held_out = 32  # so many of the last items are for evaluation, but at most a quarter of all, and at least one
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     agents_allowed = range(1, 100)
     feedback_allowed = ("plain", "level", "expert")
-    revise = "Improve it. Reply with the new answer only."  # the last words of all feedback
+    revise = "Improve it. Reply with the new answer only."  # always the end of the feedback
 
     def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1, expert=None):
         if num_agents not in self.agents_allowed:
-            raise UserError(f"this task is for {' or '.join(map(str, self.agents_allowed))} agents, not {num_agents}")
+            raise UserError(f"this task is for 1 to {max(self.agents_allowed)} agents, not {num_agents}")
         if feedback not in self.feedback_allowed:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
         self.num_agents, self.feedback, self.history = num_agents, feedback, history
@@ -141,7 +139,7 @@ class Task:
         raise NotImplementedError
 
     def prompts(self, item, history):
-        """The N prompts of a turn: that of the first, then each agent's own answers and what was said to them."""
+        """The N prompts of a turn: first_prompts, then the agent's earlier answers, each followed by its feedback."""
         prompts = self.first_prompts(item)
         for turn in history if self.history == "full" else history[-1:]:
             for agent, text in enumerate(turn["texts"]):
@@ -149,7 +147,7 @@ class Task:
         return prompts
 
     def remark(self, item, turn, agent):
-        """What an agent reads about its last answer. It follows from item and turn alone."""
+        """What an agent reads about its answer in a turn. It depends only on item and turn."""
         if self.feedback == "plain" or self.feedback == "expert" and "advice" not in turn:
             return self.revise
         if turn.get("advice"):
@@ -158,23 +156,19 @@ class Task:
 
     def diagnosis(self, item, turn, agent):
         """What was right and wrong about an agent's answer, in words: here, the parts of the reward."""
-        parts = [
-            f"{name} {value:.2f} of {self.maxima[name]:.2f}"
-            for name, value in turn["reward"].items()
-            if name in self.maxima
-        ]
+        reward = turn["reward"]
+        parts = [f"{name} {reward[name]:.2f} of {best:.2f}" for name, best in self.maxima.items() if name in reward]
         return f"It was rated{' together with the others' if self.num_agents > 1 else ''}: {', '.join(parts)}."
 
     def advise(self, paths):
         """The expert's advice on each (item, history): N texts, or None where it failed."""
         questions = []
         for item, history in paths:
-            roles = enumerate(zip(self.first_prompts(item), history[-1]["texts"], strict=True))
-            parts = [
-                f"Agent {agent + 1} was told:\n{prompt}\n\nIt answered:\n{text}\n\n"
-                f"A program says: {self.diagnosis(item, history[-1], agent)}"
-                for agent, (prompt, text) in roles
-            ]
+            parts = []
+            for agent, prompt in enumerate(self.first_prompts(item)):
+                parts.append(f"Agent {agent + 1} was told:\n{prompt}")
+                parts.append(f"It answered:\n{history[-1]['texts'][agent]}")
+                parts.append(f"A program says: {self.diagnosis(item, history[-1], agent)}")
             questions.append("\n\n".join(parts))
         return self.expert.advise(questions, self.num_agents)
 
@@ -202,20 +196,23 @@ class Expert:
 
     def __init__(self, url, model, timeout):
         self.key = os.environ.get("EXPERT_API_KEY", "").strip()
-        self.model, self.timeout = model, timeout  # seconds that a turn waits; each try has a third of them
-        # with api_key None the client would send the user's own token of the Hub
+        self.model, self.timeout = (
+            model,
+            timeout,
+        )  # seconds to wait in a turn; a single request may take a third of them
+        # With api_key None, the client would send the user's own token of the Hub.
         self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
 
     def advise(self, questions, num_agents):
-        """N texts for each question, asked all at once; None where the expert fails, is late or keeps to no form."""
+        """N texts for each question, all asked at once; None if the expert fails, is late or ignores the form."""
         replies = [(None, "no answer in time")] * len(questions)
 
         def ask(i):
             replies[i] = self.ask(questions[i], num_agents)
 
-        # not an executor, whose threads would be waited for, and a server can keep one for ever
+        # Daemon threads, not an executor: nothing waits for a server that never answers.
         threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
-        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it is about the Hub
+        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it would block these requests, too
         end = time.monotonic() + self.timeout
         for thread in threads:
             thread.start()
@@ -229,16 +226,16 @@ class Expert:
         return advice
 
     def ask(self, question, num_agents):
-        """(advice, None) or (None, the kind of the last failure): texts of errors can quote the key."""
+        """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
         form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
         task = (
             "Suggest to each agent a few short, concrete edits of its answer. The agents cannot see each other. Do not "
             f"write the whole answer. Reply in this form:\n{form}"
         )
+        messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
         for pause in range(self.tries):
             time.sleep(pause)
             try:
-                messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
                 reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
                 return self.read(reply.choices[0].message.content, num_agents), None
             except Exception as error:  # of the network, of the server, of what it wrote
@@ -251,9 +248,9 @@ class Expert:
         _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
         found = dict(zip(parts[::2], parts[1::2], strict=True))
         advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
-        text.encode()  # JSON can spell half of a character
-        echo = len(self.key) > 5 and self.key in text  # shorter ones are no secrets, such as "none"
-        if not all(advice) or echo:
+        text.encode()  # raises for lone surrogates
+        quotes_key = len(self.key) > 5 and self.key in text  # shorter keys are placeholders, such as "none"
+        if not all(advice) or quotes_key:
             raise ValueError("not the form that was asked for")
         return advice
 
@@ -283,7 +280,7 @@ class TwoParts(Task):
 def split_parts(text):
     """The two parts that a single agent wrote; the second is empty where the line between them is missing.
 
-    That line is empty: a small model writes one now and then, a line such as ===== never.
+    That line is empty, because small models write empty lines, but never a line such as =====.
     """
     first, *rest = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
     return first, "".join(rest)
@@ -366,32 +363,34 @@ class Coding(Task):
         return [f"{problem}\n\n{role} Write only code. Start with:\ndef {start}:" for role, start in roles]
 
     def diagnosis(self, item, turn, agent):
-        """Of a syntax error, an agent reads its own; of the tests, all read the visible ones and nothing else."""
+        """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
         detail, entry = turn["reward"]["detail"], item["entry_point"]
         tests = detail["outcomes"][: self.visible_tests]
         runs = detail["entry"] and detail["error"] is None
         levels = {"structure": all(detail["helpers"]) and detail["entry"], "syntax": runs}
         if self.visible_tests:
-            levels["tests"] = runs and all(test["outcome"] == "passed" for test in tests)
+            levels["tests"] = runs and bool(tests) and all(test["outcome"] == "passed" for test in tests)
         if self.feedback == "passed":
             return "It passed." if all(levels.values()) else "It did not pass."
         if self.feedback == "level_passed":
             return ", ".join(f"{name} {'passed' if passed else 'failed'}" for name, passed in levels.items()) + "."
-        found = dict(zip(self.helpers, detail["helpers"], strict=False)) | {entry: detail["entry"]}
-        own = list(found) if self.num_agents == 1 else [[*self.helpers, entry][agent]]
-        said = [f"{name} is {'defined' if found.get(name) else 'not defined with a return'}." for name in own]
+        defined = dict(zip(self.helpers, detail["helpers"], strict=False)) | {entry: detail["entry"]}
+        own = list(defined) if self.num_agents == 1 else [[*self.helpers, entry][agent]]
+        said = [f"{name} is {'defined' if defined.get(name) else 'not defined with a return'}." for name in own]
         if not runs:
-            errors = detail.get("errors") or [detail["error"]]  # one, where all answers are the same
-            error = errors[min(agent, len(errors) - 1)]
-            return " ".join([*said, f"Syntax error in {error}." if error else "The tests could not run."])
+            errors = detail.get("errors") or [detail["error"]]  # a single one if the parser itself failed
+            error = errors[min(agent, len(errors) - 1)] or ""
+            known = f"Syntax error in {error}." if error.startswith("line") else f"It cannot be parsed: {error}."
+            return " ".join([*said, known if error else "The tests could not run."])
         for test in tests:
             source = re.sub(r"\bcandidate\b", entry, test["test"])
             said.append(f"{source}: {test['outcome']}.")
         used = {0: "does not use", 1: "uses"}.get(detail["uses"], "does not use all of")
         said.append(f"{entry} {used} {', '.join(self.helpers)}.")
-        if entry in own:
-            said += ["It only passes on what a helper returns."] * detail["wrapper"]
-            said += ["It throws away what a helper returns."] * detail["discards"]
+        if entry in own and detail["wrapper"]:
+            said.append("It only passes on what a helper returns.")
+        if entry in own and detail["discards"]:
+            said.append("It throws away what a helper returns.")
         return " ".join(said)
 
     def rewards(self, jobs):
@@ -403,7 +402,7 @@ class Coding(Task):
 
 
 def check_problem(item, where):
-    """Refuse a problem that no answer could solve."""
+    """Refuse a problem without asserts, or whose entry point is not the name of a function."""
     try:
         found = list_tests(item["test"])
     except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):  # not Python; a check without parameters

@@ -42,7 +42,7 @@ import sandbox.guest
 import sandbox.judge
 import tasks
 import train
-from magrpo import Batch, Group, Metrics, Policy, Settings, UserError, log_policy, sample, token_logprobs
+from magrpo import Group, Metrics, MicroBatch, Policy, Settings, UserError, log_policy, sample, token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 torch.set_num_threads(1)
@@ -136,6 +136,20 @@ STOPS = range(1, V, 6)
 ITEMS = ["dog", "river", "city", "road", "day"]
 
 
+def build_adapters(family="llama", agents=(0, 1), lr=1e-2, **options):
+    """A policy that plays all agents, with an adapter each."""
+    return build_policy(family, agents, lr=lr, adapters=[{}] * len(agents), **options)
+
+
+def disturb(policy, agent, seed=0):
+    """Set an agent's adapter to random numbers: B is zero at first, and the adapter does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for master in policy.masters[agent]:
+            master.copy_(0.3 * torch.randn(master.shape, generator=generator))
+    policy.copy_masters()
+
+
 def settings(**options):
     usual = {"group": 4, "max_new_tokens": 6, "temperature": 0.7, "discount": 0.9, "minibatches": 1, "warmup": 0}
     return Settings(**usual | options)
@@ -149,7 +163,7 @@ def draw(policy, prompts=PROMPTS, streams=STREAMS, **options):
 
 
 def batch_of(policy, groups):
-    return Batch(groups, slice(None), policy.model.device)
+    return MicroBatch(groups, slice(None), policy.model.device)
 
 
 def score(policy, groups, temperature=0.7):
@@ -194,18 +208,22 @@ def steps_of(policies, turns, **options):
     """What `update` brings to each optimizer step of each policy: the gradient, and the weights of the batches."""
     steps, weights, loss = {}, [], magrpo.policy_loss
 
-    def keep(policy, max_grad_norm):
-        gradient = torch.cat([master.grad.flatten() for master in policy.masters])
+    def keep(policy, max_grad_norm, learners):
+        gradient = torch.cat([master.grad.flatten() for master in masters_of(policy)])
         steps.setdefault(policy, []).append((gradient, weights.copy()))
         policy.optimizer.zero_grad()
         weights.clear()
-        return 0.0
+        return {}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(magrpo, "policy_loss", lambda *args: weights.append(args[3]) or loss(*args))
         patch.setattr(Policy, "step", keep)
         fit(policies, turns, **options)
     return [steps[policy] for policy in policies]
+
+
+def masters_of(policy):
+    return [master for masters in policy.masters.values() for master in masters]
 
 
 def one_by_one(model, prompt, tokens, temperature):
@@ -345,7 +363,7 @@ def test_nothing_after_the_stop_token_matters():
     for some in (groups, others):
         logp = score(policy, some)
         (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
-        results.append([logp.detach(), *[m.grad.clone() for m in policy.masters]])
+        results.append([logp.detach(), *[m.grad.clone() for m in masters_of(policy)]])
         policy.optimizer.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -463,6 +481,111 @@ def test_rotary_frequencies_stay_float32_under_bfloat16():
     expected = dict(build().named_buffers())
     for name, buffer in build_policy(dtype=torch.bfloat16).model.named_buffers():
         assert torch.equal(buffer, expected[name]), name
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_in_one_batch_learn_what_they_learn_alone(family, flat):
+    """Clipping by a common norm, a common number of steps, Adam's momentum: one agent moved because another did."""
+    together, alone = [build_adapters(family)], [build_adapters(family, [i]) for i in range(2)]
+    # with all combinations, a reward that hangs on agent 0 alone is flat for agent 1
+    task = Toy(lambda texts: len(texts[0]) if flat else len(set(" ".join(texts).split())))
+    for number in range(3):
+        if number == 2 and flat:
+            task = Toy()  # a step without a gradient must not have moved agent 1, nor counted for its warm-up
+        (turns, metrics), (same, _) = (step(p, task, number=number, joint="crossed") for p in (together, alone))
+        assert [node.texts for node in turns[0]] == [node.texts for node in same[0]]
+        assert ("grad_norm/agent_1" in metrics) == (not flat or number == 2)
+    for agent, policy in enumerate(alone):
+        for ours, theirs in zip(together[0].masters[agent], policy.masters[agent], strict=True):
+            assert close(ours, theirs, 1e-3)
+        assert any(master.abs().max() > 1e-3 for master in policy.masters[agent][1::2]), "B has moved"
+    groups = [policy.optimizer.param_groups for policy in (together[0], *alone)]
+    assert [g["steps"] for g in groups[0]] == [groups[1][0]["steps"], groups[2][0]["steps"]] == [3, 1 if flat else 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_of_adapters_stays_as_it_is(dtype):
+    """Weight decay, a gradient, a merge in place: the model that all agents share drifted away."""
+    policy = build_adapters(dtype=dtype)
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    step([policy], joint="crossed")
+    adapted = [name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])]
+    assert adapted and all(name.endswith((".down", ".up")) for name in adapted)
+    assert {master.dtype for master in masters_of(policy)} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+def test_adapters_are_sampled_as_they_are_scored(family):
+    """The sampler gave a row's tokens to one adapter, the scorer to another, or a packed prompt to the first agent."""
+    policy = build_adapters(family, stop_ids=STOPS)
+    for agent in range(2):
+        disturb(policy, agent, agent)
+    groups = [
+        Group(b % 2, b, 0, prompt, stream) for b, (prompt, stream) in enumerate(zip(PROMPTS, STREAMS, strict=True))
+    ]
+    sample(policy, groups, settings(group=8, max_new_tokens=10))
+    assert (score(policy, groups) - batch_of(policy, groups).logp).abs().max() < 1e-4
+    swapped = [replace(group, agent=1 - group.agent) for group in groups]
+    assert (score(policy, swapped) - batch_of(policy, groups).logp).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_row_never_sees_the_adapter_of_another_agent(family):
+    """Products of all agents' columns are computed together: a mask that leaked mixed the agents."""
+    results = []
+    for seed in range(2):
+        policy = build_adapters(family)
+        disturb(policy, 0)
+        disturb(policy, 1, seed + 1)  # only this differs
+        turns = grow([policy], Toy(lambda texts: len(texts[0])))
+        (gradients,) = steps_of([policy], turns)
+        results.append((rows_of(groups_of(turns, [0])), rows_of(groups_of(turns, [1])), gradients[0][0]))
+    (ours, theirs, gradient), (same, other, changed) = results
+    half = len(gradient) // 2  # the gradients of agent 0, then those of agent 1
+    assert ours == same and theirs != other
+    assert close(changed[:half], gradient[:half]) and not close(changed[half:], gradient[half:], 0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_agent_is_the_base_and_its_adapter(family, tmp_path):
+    """W + A B instead of W + B A, or the transposed weight of GPT-2: the saved agent was another one."""
+    policy = build_adapters(family)
+    for agent in range(2):
+        disturb(policy, agent, agent)
+    base, ids = build(family).eval(), torch.tensor([[5, 9, 4, 30]])
+    for agent in range(2):
+        train.save_agent(policy, agent, tmp_path / str(agent))
+        policy.adapters.choose(torch.full((4,), agent))
+        policy.model.eval().set_attn_implementation("eager")
+        ours = policy.model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(agent)).eval()(ids).logits
+        assert close(merged, ours) and not close(merged, base(ids).logits, 0.1)
+        again = build_policy(
+            family, [0], adapters=[load_file(tmp_path / str(agent) / "adapter" / "adapter_model.safetensors")]
+        )
+        again.adapters.choose(torch.zeros(4, dtype=torch.long))
+        assert close(again.model.eval().set_attn_implementation("eager") or again.model(ids).logits, ours)
+        peft = pytest.importorskip("peft")
+        loaded = peft.PeftModel.from_pretrained(build(family).eval(), tmp_path / str(agent) / "adapter")
+        assert close(loaded(ids).logits, ours)
+
+
+def test_the_reference_of_adapters_is_the_model_without_them():
+    """The penalty for leaving the initial policy was not 0 at the start, or the frozen copy cost the memory again."""
+    policy = build_adapters()
+    groups, cfg = draw(policy), settings(temperature=0.7)
+    at_first = [token_logprobs(p, batch_of(policy, groups), cfg) for p in (policy, policy.reference)]
+    assert torch.equal(*at_first) and policy.reference.model is policy.model
+    disturb(policy, 0)
+    later = [token_logprobs(p, batch_of(policy, groups), cfg) for p in (policy, policy.reference)]
+    assert torch.equal(later[1], at_first[1]) and not close(later[0], at_first[0], 0.1)
+    assert not later[1].requires_grad
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert steps_of([policy], grow([policy], advantage="raw"), kl=0.1), "computed again in the backward pass"
 
 
 # ---------------------------------------------------------------- random numbers
@@ -696,24 +819,26 @@ def test_shared_weights_step_once_with_the_sum_over_roles():
 def test_tiny_steps_reach_the_float32_masters():
     """Weights in bfloat16: a step of 1e-6 is less than the spacing of the numbers, and training changed nothing."""
     policies = build_policies(lr=1e-6, dtype=torch.bfloat16)
-    before = [[m.detach().clone() for m in p.masters] for p in policies]
+    before = [[m.detach().clone() for m in masters_of(p)] for p in policies]
     step(policies, temperature=1.0)
     for policy, old in zip(policies, before, strict=True):
-        assert policy.model.dtype == torch.bfloat16 and {m.dtype for m in policy.masters} == {torch.float32}
+        assert policy.model.dtype == torch.bfloat16 and {m.dtype for m in masters_of(policy)} == {torch.float32}
         assert all(s["exp_avg"].dtype == torch.float32 for s in policy.optimizer.state.values())
-        assert all((m != o).any() for m, o in zip(policy.masters, old, strict=True))
-        assert all(torch.equal(p, m.bfloat16()) for p, m in zip(policy.model.parameters(), policy.masters, strict=True))
+        assert all((m != o).any() for m, o in zip(masters_of(policy), old, strict=True))
+        assert all(
+            torch.equal(p, m.bfloat16()) for p, m in zip(policy.model.parameters(), masters_of(policy), strict=True)
+        )
 
 
 def test_warmup_scales_the_first_steps():
     """Adam's first step moves every weight by the whole learning rate: the start of a run undid what it had found."""
     policy = build_policy(lr=1e-2, warmup=3)
-    before, turns = [m.detach().clone() for m in policy.masters], grow([policy])
+    before, turns = [m.detach().clone() for m in masters_of(policy)], grow([policy])
     for number in range(1, 6):
         fit([policy], turns)
-        assert policy.schedule.get_last_lr()[0] == pytest.approx(1e-2 * min(1, (number + 1) / 4))
+        assert policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * min(1, number / 4))
         if number == 1:
-            moved = max((m - b).abs().max().item() for m, b in zip(policy.masters, before, strict=True))
+            moved = max((m - b).abs().max().item() for m, b in zip(masters_of(policy), before, strict=True))
             assert moved == pytest.approx(1e-2 / 4, rel=1e-3)
 
 
@@ -884,8 +1009,8 @@ def test_a_reward_may_hold_numbers_of_numpy_and_torch(monkeypatch, number):
 @pytest.mark.parametrize(("rewards", "message"), {
     lambda jobs: [{"score": 1.0}] * len(jobs): "total",
     lambda jobs: [1.0] * len(jobs): "total",
-    lambda jobs: [{"total": 1.0}] * (len(jobs) - 1): "19 for 20",
-    lambda jobs: [{"total": 1.0}] * 2 * len(jobs): "40 for 20",
+    lambda jobs: [{"total": 1.0}] * (len(jobs) - 1): "19 rewards for 20",
+    lambda jobs: [{"total": 1.0}] * 2 * len(jobs): "Repeat has 40 rewards for 20",
 }.items())  # fmt: skip
 def test_rewards_of_another_form_are_refused(monkeypatch, rewards, message):
     """Twice as many rewards as joint actions were accepted, and went to the wrong ones."""
@@ -1214,6 +1339,7 @@ RUNS = [
     "--data={good_gz} --minibatches=1",
     "--model={llama},{gpt2} --normalize=token --advantage=rloo",
     "--weights=shared --checkpointing --epochs=2 --micro-batch=2",
+    "--weights=adapters --kl=0.1 --checkpointing --turns=2",
     "--num-agents=1",
     "--turns=2 --joint=crossed --group=2 --feedback=level --discount=0.9 --eval-every=1",
     "--task=arxiv --data={abstracts} --stop-above=2",
@@ -1278,8 +1404,8 @@ def test_command_line_and_torchrun_run_the_same(files, tmp_path):
 
 FLAGS = "--tempature=1 --temp=1 --task=juggling --steps=many --group=1 --minibatches=3 --temperature=nan --shard"
 MORE = "--seed=-1 --show-every=0 --eval-every=-1 --save-every=-1 --keep=-1 --clip-eps=-0.1 --clip-eps-high=-0.1 --kl=-1"
-MORE += " --minibatches=-1 --visible-tests=-1 --guided-from=-1 --history=none --feedback=loud"
-POSITIVE = """turns num-agents prompts group max-new-tokens steps epochs micro-batch temperature lr max-grad-norm
+MORE += " --minibatches=-1 --lr=-1 --visible-tests=-1 --guided-from=-1 --history=none --feedback=loud"
+POSITIVE = """turns num-agents prompts group max-new-tokens steps epochs micro-batch temperature max-grad-norm rank
     expert-timeout"""
 BAD_INPUTS = {
     **{flag: flag.split("=")[0] for flag in f"{FLAGS} {MORE}".split()},
@@ -1290,7 +1416,7 @@ BAD_INPUTS = {
     "--data={no_object}": "no_object.jsonl, line 1",
     "--data={half_letter}": "half_letter.jsonl, line 2: the field prompt is not Unicode",
     **{f"--data={{{name}}}": f"{name}.jsonl, line 1: not valid JSON" for name in ("deep", "digits")},
-    "--model={narrow} --data={extra}": "they do not fit",
+    "--model={narrow} --data={extra}": "outside the model's vocabulary",
     **{f"--{name}={bad}": f"--{name}" for name in ("lr", "temperature", "kl", "discount") for bad in ("inf", "nan")},
     **{f"--{name}={10**24}": f"--{name}" for name in ("group", "eval-group", "steps", "max-new-tokens")},
     "--stop-above=nan": "--stop-above",
@@ -1314,6 +1440,7 @@ BAD_INPUTS = {
     "--feedback=expert --expert-model=m --expert-url=http://me:secret@there/v1": "--expert-url must be",
     "--out={posts}": "posts.jsonl",
     "--weights=shared --layout=apart": "--weights shared",
+    "--weights=adapters --model={llama},{gpt2}": "--weights adapters means one model",
     **{f"--resume={{root}}/{name}": "config.json" for name in ("llama", "deep_run")},
     "--resume={root}/nowhere": "no run there",
     "--layout=apart": "multiple of 2 processes",
@@ -1399,6 +1526,9 @@ RANKS = {
     "together 4": (4, []),
     "apart 2": (2, ["--layout=apart"]),
     "apart 4": (4, ["--layout=apart"]),
+    "adapters": (1, ["--weights=adapters"]),
+    "adapters together 2": (2, ["--weights=adapters"]),
+    "adapters apart 2": (2, ["--weights=adapters", "--layout=apart"]),
 }
 
 
@@ -1423,6 +1553,9 @@ def ranks_runs(files, tmp_path_factory):
         name: (ranks, free_port(), arguments(files, str(root / name), *more, *flags))
         for name, (ranks, flags) in ({"one": (1, [])} | RANKS).items()
     }
+    for name in jobs:
+        if "adapters" in name:
+            jobs[name][2].append(f"--model={files['llama']}")
     options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "timeout": 240}
     run = subprocess.run([sys.executable, "-c", LAUNCHER], input=json.dumps(jobs), capture_output=True, **options)
     assert run.returncode == 0, run.stderr
@@ -1445,7 +1578,7 @@ def assert_same_run(out, other):
 @pytest.mark.parametrize("name", RANKS)
 def test_processes_and_layouts_compute_the_same(ranks_runs, name):
     """Each process averaged over its own items; one without items hung the others."""
-    out, one = ranks_runs[name], ranks_runs["one"]
+    out, one = ranks_runs[name], ranks_runs["adapters" if "adapters" in name else "one"]
     assert (out / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
     assert_same_run(out, one)
 
@@ -1626,7 +1759,7 @@ def test_probabilities_that_are_not_finite_stop_the_run(short_run, tmp_path, cap
     shutil.rmtree(out / "checkpoints" / "step_0000002")
     path = out / "checkpoints" / "step_0000001"
     state = torch.load(path / "agent_0.pt")
-    state["masters"][0].fill_(float("nan"))
+    state["masters"][0][0].fill_(float("nan"))
     torch.save(state, path / "agent_0.pt")
     assert train.main([f"--resume={out}"]) == 1
     assert "step 2: the probabilities" in capsys.readouterr().err.strip().splitlines()[-1]

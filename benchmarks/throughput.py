@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                        ours alone
     python benchmarks/throughput.py --peer comlrl          beside the reference library (pip install comlrl==1.4.3)
     python benchmarks/throughput.py --peer trl             beside TRL's GRPOTrainer (pip install trl==1.16)
+    python benchmarks/throughput.py --weights adapters     ours with adapters, also beside a peer
 
 Every completion has exactly --new-tokens tokens. Each agent makes one optimizer step for each item, as CoMLRL does, but
 beside TRL, which makes one for all items together, ours does so, too. Each runs in a process of its own, for its own
@@ -70,10 +71,11 @@ def run_ours(args):
         minibatches=1 if args.peer == "trl" else args.prompts,
         micro_batch=args.micro_batch,
     )
-    policies = []
-    for agent in range(args.agents):
+    policies, everyone = [], list(range(args.agents))
+    for agents in [everyone] if args.weights == "adapters" else [[agent] for agent in everyone]:
         model, tokenizer = load_model(args.model, "cuda" if CUDA else "cpu")
-        policies.append(Policy(model, tokenizer, [agent], cfg, getattr(torch, args.dtype)))
+        adapters = [{} for _ in agents] if args.weights == "adapters" else None
+        policies.append(Policy(model, tokenizer, agents, cfg, getattr(torch, args.dtype), adapters=adapters))
         policies[-1].stop_ids = []
     items, rollout_s, update_s = posts(args, args.steps + 1), [], []
     for step in range(args.steps + 1):
@@ -203,7 +205,7 @@ def run_trl(args):
 def measure(args, which):
     """Run one implementation in a process of its own and read its line."""
     command = [sys.executable, __file__, "--run", which]
-    for name in ("model", "prompts", "group", "new_tokens", "agents", "dtype", "steps", "micro_batch"):
+    for name in ("model", "weights", "prompts", "group", "new_tokens", "agents", "dtype", "steps", "micro_batch"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--peer", args.peer] if args.peer else []
     result = subprocess.run(command, capture_output=True, text=True)
@@ -216,6 +218,7 @@ def measure(args, which):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="folder of a model; default: SmolLM2-135M, as train.py")
+    parser.add_argument("--weights", choices=["separate", "adapters"], default="separate", help="of ours")
     parser.add_argument("--prompts", type=int, default=4, help="items per step")
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -236,10 +239,8 @@ def main():
         result = {"ours": run_ours, "comlrl": run_comlrl, "trl": run_trl}[args.run](args)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         work = {name: getattr(args, name) for name in ("prompts", "group", "new_tokens", "agents")}
-        dtype = args.dtype if args.run == "ours" else "default"
-        print(
-            json.dumps({"implementation": args.run, "dtype": dtype} | work | result | {"peak_rss_gb": round(peak, 2)})
-        )
+        ours = {"weights": args.weights, "dtype": args.dtype} if args.run == "ours" else {"dtype": "default"}
+        print(json.dumps({"implementation": args.run} | ours | work | result | {"peak_rss_gb": round(peak, 2)}))
         return
     ours = measure(args, "ours")
     if args.peer:

@@ -13,11 +13,11 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, NOBODY = 1, 4, 38, 65534
 MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 MAX_VALUE = 256_000  # characters of a returned value on its way
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes)}
-Guest = namedtuple("Guest", "pid line alone")  # number, socket, whether its folder is all that it sees
+Guest = namedtuple("Guest", "pid line alone")  # process number, socket to it, True if it sees nothing but its folder
 
 
 def linux(name: str, *args) -> None:
-    """Call the C library for what Python does not offer; OSError if it refuses. Elsewhere than on Linux do nothing."""
+    """Call the C library for what Python does not offer; OSError if it refuses. Does nothing on other systems."""
     if sys.platform == "linux":
         if getattr(ctypes.CDLL(None, use_errno=True), name)(*args, *[0] * (5 - len(args))) != 0:
             raise OSError(ctypes.get_errno(), name)
@@ -116,8 +116,8 @@ def look(job: dict) -> dict:
     everything = [node for tree in trees for node in ast.walk(tree)]
     functions = [node for node in trees[-1].body if isinstance(node, ast.FunctionDef)]
     entry = next((node for node in reversed(functions) if node.name == job["entry_point"]), ast.parse("pass"))
-    # A helper that nobody wrote cannot be used. One that the main answer writes again, or whose name has another
-    # meaning in it, is not the helper, unless that answer is the only one.
+    # A helper counts only if an answer defines it, and if the main answer does not define its name again. With a
+    # single answer, which defines both, that is no second definition.
     own = [node for node in ast.walk(trees[-1]) if not isinstance(node, ast.keyword)]
     own = [node for node in own if len(trees) > 1 or node not in functions]
     helpers = set(job["names"]) & names_bound(everything, "name") - names_bound(own, "name", "asname", "arg", "rest")
@@ -138,7 +138,7 @@ def syntax_error(code: str):
 
 
 def names_bound(nodes: list, *fields: str) -> set:
-    """The names that pieces of syntax assign, and those that they have in some fields."""
+    """The names that are assigned in `nodes`, and the values of the given fields."""
     assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return assigned | {getattr(node, field, None) for node in nodes for field in fields}
 
@@ -192,7 +192,7 @@ def encode(value):
 
 
 def decode(data):
-    """What `encode` was given, of exact built-in types whoever sent it; an Exception for what is no encoding."""
+    """The inverse of `encode`. Builds exact built-in types only, whoever sent it; raises for anything else."""
     if not isinstance(data, list):
         return data
     name, parts = data

@@ -1,6 +1,6 @@
 """The sandbox in which model-written code is judged, behind one call: `run_sandbox`.
 
-Model-written code is hostile code: a policy under optimisation finds every hole that pays. So three processes:
+Model-written code is hostile: a policy under optimisation finds every hole that pays. So there are three processes:
 
     trainer  -- starts -->  judge  -- forks, before it reads the tests -->  guests (guest.py)
     reads text only         runs the tests, never an answer                 run the answer: calls in, plain data out
@@ -41,17 +41,17 @@ MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmat
 
 
 def isolation() -> dict[str, bool]:
-    """Of which of "processes", "network" and "files" an answer sees a view of its own only; found by starting one."""
+    """Which of "processes", "network" and "files" are isolated here, found by starting a sandbox."""
     return run_sandbox({"prompt": "", "entry_point": "", "test": "", "names": [], "program": [""]})["isolation"]
 
 
 @functools.cache
 def _unshare() -> list[str]:
-    """The command that gives a program process, mount, network and IPC spaces of its own; [] where refused."""
+    """The command that gives a program process, mount, network and IPC spaces of its own; [] if not permitted."""
     import subprocess
 
     command = "unshare --pid --fork --kill-child --mount --net --ipc --uts".split()
-    command += ["--user", "--map-root-user"] if os.geteuid() else []  # an ordinary user may only within a user space
+    command += ["--user", "--map-root-user"] if os.geteuid() else []  # without root, this needs a user space, too
     try:
         return command if subprocess.run([*command, "true"], env={}, stderr=subprocess.DEVNULL).returncode == 0 else []
     except OSError:
@@ -64,23 +64,23 @@ def run_sandbox(job: dict) -> dict:
     job: prompt, entry_point and test of a problem; program, the answers in order; names, of the helpers among them.
     Raises RuntimeError if the sandbox itself does not start, whatever the answers are.
     """
-    import subprocess  # here, because the judge imports this file, too: these would double the time of its start
+    import subprocess  # here, because the judge imports this file, too, and should start fast
     import tempfile
 
     spaces = _unshare()
     words = set(re.findall(r"\w+", " ".join([job["prompt"], *job["program"]])))
     modules = [name for name in MODULES if words & {name, name.lstrip("_")}]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    start = f"import sys; sys.path[0] = {root!r}; from sandbox import judge; del sys.path[0]; "
-    start += f"judge.main({bool(spaces)}, {os.geteuid() == 0}, {modules})"
+    call = f"judge.main({bool(spaces)}, {os.geteuid() == 0}, {modules})"
+    start = f"import sys; sys.path[0] = {root!r}; from sandbox import judge; del sys.path[0]; {call}"
     # -S: no site-packages. The environment is one line, which makes the order of a set the same in every run.
     command = [*spaces, sys.executable, "-S", "-s", "-c", start]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    folder = tempfile.mkdtemp(prefix="guest-")
-    judge = subprocess.Popen(command, cwd=folder, env={"PYTHONHASHSEED": "0"}, start_new_session=True, **pipes)
+    folder, pipe = tempfile.mkdtemp(prefix="guest-"), subprocess.PIPE
+    options = {"cwd": folder, "env": {"PYTHONHASHSEED": "0"}, "start_new_session": True}
+    judge = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, **options)
     try:
         out, err = judge.communicate(json.dumps(job).encode(), timeout=JOB_SECONDS)
-    except subprocess.TimeoutExpired:  # slow in many tests, or in one that hears no alarm, deep in C
+    except subprocess.TimeoutExpired:  # many slow tests, or one that is stuck in C, where no alarm is heard
         judge.kill()
         out, err = judge.communicate()  # until the judge, which is a child of `unshare`, is dead, too
     finally:
@@ -112,7 +112,7 @@ class Candidate:
         return self.ask(guest.encode((args, kwargs)))
 
     def ask(self, what):
-        """One line there, one line back, under the alarm of `timed`. What comes back is only a value, or raised."""
+        """Send one line, read one line, under the alarm of `timed`. Returns the value or raises the exception in it."""
         if self.lost or not self.guests:
             raise ConnectionError
         line, reply = self.guests[0].line, b""
@@ -133,7 +133,7 @@ class Candidate:
         return value
 
     def lose(self, how: str) -> None:
-        """End the guest. This decides the outcome: a test may catch what it raises, but not make it pass."""
+        """End the guest. This decides the outcome: a test that catches the exception does not pass all the same."""
         self.lost = how
         os.kill(self.guests.pop(0).pid, signal.SIGKILL)
 
@@ -173,9 +173,9 @@ def main(isolated: bool, root: bool, modules: list[str]) -> None:
     os.environ.clear()
     sys.set_int_max_str_digits(50_000)  # numbers cross in decimal; more digits would be slow, deep in C
     guest.linux("prctl", guest.PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A guest finds no file to import from; nor does the parser of names, nor Python 3.12 for a number's many digits.
+    # Guests cannot read files. Names that are not ASCII need unicodedata, long numbers need _pylong.
     always = ["unicodedata"] if sys.version_info < (3, 12) else ["unicodedata", "_pylong"]
-    for name in [*always, *modules]:
+    for name in always + modules:
         __import__(name)
     if isolated:
         folder = os.getcwd()
@@ -206,7 +206,7 @@ def main(isolated: bool, root: bool, modules: list[str]) -> None:
 
 
 def run_tests(job: dict, guests: list, tell) -> None:
-    """Tell the facts of the syntax trees, then the tests, then one outcome for each."""
+    """Report what the syntax trees say, then the tests, then one outcome for each."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt, for `except Exception` to miss
     test = job.pop("test")
     for each in guests:
@@ -227,7 +227,7 @@ def run_tests(job: dict, guests: list, tell) -> None:
     lost = ""
     for tree, source in steps:
         outcome = candidate.timed(run, tree) if loading == "passed" else loading
-        lost = lost or candidate.lost  # also in what a test prepares
+        lost = lost or candidate.lost  # also if a statement between two tests lost the guest
         if source:
             tell(outcome=lost or outcome)
             lost = ""
@@ -257,7 +257,7 @@ def test_steps(test: str, space: dict) -> list[tuple]:
             each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
     for node, source in zip(statements, sources, strict=True):
         asserts = asserts_run_by(node, functions)
-        # Any answer passes `assert True`, and a loop over nothing; either would open the level that comes after.
+        # Any answer passes `assert True`, and a loop over nothing. Neither may earn the next level.
         real = [each for each in asserts if not (isinstance(each.test, ast.Constant) and each.test.value)]
         must_run = not all(isinstance(each.test, ast.Constant) for each in real)
         tree = ast.Module([node, *ast.parse("assert _ran").body] if must_run else [node], [])
