@@ -31,6 +31,7 @@ tokens, C completion tokens, V vocabulary, D head dimension, Hkv key heads.
 
 import contextlib
 import copy
+import re
 import time
 import warnings
 from collections import defaultdict
@@ -83,7 +84,9 @@ def train_step(policies, task, items, cfg, step):
     """One step on the items of all processes. Returns (turns, metrics): the nodes of this process, and all metrics."""
     metrics = Metrics()
     start = time.perf_counter()
+    world.may_stop = True  # nothing has been updated yet
     turns = rollout(policies, task, world.share(items), cfg, step)
+    world.may_stop = False
     sampled = time.perf_counter()
     assign_credit(turns, cfg)
     for policy in policies:
@@ -364,12 +367,13 @@ class Policy:
         prepare_layers(model)
         self.model, self.tokenizer, self.agents, self.dtype = model, tokenizer, list(agents), dtype
         self.stop_ids = known_stop_ids(model, tokenizer)
-        self.context = context_length(model.config)  # tokens of a prompt and its completion together
+        self.context = context_length(model.config.get_text_config())  # tokens of a prompt and its completion together
         # A CUDA graph is captured on the current device.
         self.graphs = model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
         self.adapters = Adapters(model, self.agents, adapters, cfg) if adapters else None
         self.bare = False  # True: compute without the adapters
         self.reference = None  # another Policy, frozen, for the kl term
+        self.template = {}  # arguments of the chat template
         use_group_attention(self)
         self.trained = [p for p in model.parameters() if p.requires_grad] if train else []
         if not adapters and dtype == torch.float32:
@@ -405,13 +409,17 @@ class Policy:
         if not self.tokenizer.chat_template:
             return self.tokenizer(prompt)["input_ids"]
         message = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        options = {"add_generation_prompt": True, "return_dict": False}
+        return self.tokenizer.apply_chat_template(message, **options, **self.template)
 
     def decode(self, group):
-        """The G texts of a group, without the stop token and what follows it."""
+        """The G texts of a group, without the stop token and what follows it, and without thoughts."""
         lengths = group.mask.sum(1) - group.ended.long()
         rows = zip(group.tokens.tolist(), lengths.tolist(), strict=True)
-        return [self.tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in rows]
+        texts = [self.tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in rows]
+        end = self.tokenizer.decode(group.prompt[-8:])  # some templates begin the thoughts
+        thinks = "<think>" in end and "</think>" not in end.rpartition("<think>")[2]
+        return [without_thoughts("<think>" + text if thinks else text) for text in texts]
 
     def collect_gradients(self):
         """Add the model's gradients to those of the masters, in float32."""
@@ -462,11 +470,15 @@ class Policy:
 
     def load_state(self, state):
         """Continue from a checkpoint, equal to the last bit."""
-        with torch.no_grad():
-            for agent, masters in self.masters.items():
-                for p, saved in zip(masters, state["masters"][agent], strict=True):
-                    p.copy_(saved)
+        self.load_masters(state["masters"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def load_masters(self, saved):
+        """Set the weights to those of a checkpoint."""
+        for agent, masters in self.masters.items():
+            for p, tensor in zip(masters, saved[agent], strict=True):
+                p.copy_(tensor)
         self.copy_masters()
 
     def merged(self, agent):
@@ -558,6 +570,12 @@ class Adapters:
         for name, layer in self.layers.items():
             layer.down[i].copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             layer.up[i].copy_(tensors[f"base_model.model.{name}.lora_B.weight"].T)
+
+
+def without_thoughts(text):
+    """The answer of a model that thinks first: what follows its thoughts, or nothing if they do not end."""
+    text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    return "" if "<think>" in text else text
 
 
 def prepare_layers(model):
@@ -778,7 +796,8 @@ def use_group_attention(policy):
     torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a kernel for each new length
     model = policy.model
     training, usual = model.training, model.config._attn_implementation
-    ids = torch.randint(model.config.vocab_size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     cfg = Settings(group=2, max_new_tokens=3, temperature=1.0)
     groups = [Group(policy.agents[0], 0, 0, ids[:3], (0,)), Group(policy.agents[0], 1, 0, ids[3:], (1,))]
     try:
@@ -958,6 +977,7 @@ class World:
     rank = peer = replica = 0
     size = num_peers = num_replicas = 1
     replicas = peers = None  # process groups
+    may_stop = False  # whether an interrupt may drop what is being done
 
     def start(self, layout, num_agents):
         """Divide the processes of torch.distributed, if it is on."""
@@ -1118,8 +1138,9 @@ def checked_rewards(task, jobs):
     for i, reward in enumerate(rewards):
         if isinstance(reward, dict):  # numpy's and torch's scalars become Python's
             rewards[i] = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
-        if not isinstance(reward, dict) or not isinstance(rewards[i].get("total"), (int, float)):
-            raise UserError(f'a reward of the task {kind} is {reward!r}, not a dict with a number as "total"')
+        total = rewards[i].get("total") if isinstance(reward, dict) else None
+        if not isinstance(total, (int, float)) or not np.isfinite(total):
+            raise UserError(f'a reward of the task {kind} is {reward!r}, not a dict with a finite number as "total"')
     return rewards
 
 

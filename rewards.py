@@ -146,9 +146,11 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     [{"test", "outcome"}], an outcome being passed, failed, time-out, died, not run, or the text of an exception. No
     answer makes it raise; RuntimeError says that the sandbox itself does not start.
     """
-    helpers = [extract_code(text) for text in ([aux] if isinstance(aux, str) else aux)]
-    entry = extract_code(main)
-    names = ["aux"] + [f"aux{i}" for i in range(2, len(helpers) + 1)]
+    answers = [aux] if isinstance(aux, str) else aux
+    names = ["aux"] + [f"aux{i}" for i in range(2, len(answers) + 1)]
+    head = parameters_of(item)
+    helpers = [extract_code(text, f"def {name}({head}):") for name, text in zip(names, answers, strict=False)]
+    entry = extract_code(main, f"def {item['entry_point']}({head}):")
     defined = [_defines(name, text) for name, text in zip(names, helpers or [entry], strict=True)]
     detail = {"helpers": defined, "entry": _defines(item["entry_point"], entry), "error": None}
     detail.update(uses=0.0, wrapper=False, discards=False, outcomes=[])
@@ -176,13 +178,25 @@ def judge_many(jobs: list[tuple]) -> list[dict]:
         return list(pool.map(lambda job: code_reward(*job), jobs))
 
 
-def extract_code(text: str) -> str:
+def parameters_of(item: dict) -> str:
+    """The parameters of a problem's function, as its prompt has them."""
+    found = re.search(rf"def {re.escape(item['entry_point'])}\((.*)\)", item["prompt"])
+    return found[1] if found else "*args"
+
+
+def extract_code(text: str, head: str = "def f():") -> str:
     """The code of an answer, without Markdown's fences and the prose around it.
+
+    A base model goes on where the prompt ends, so an answer that begins indented is the body of the function `head`.
 
     An unindented line tells whether what follows is code. In a fence, all of it is from the first such line on. After
     the first definition only imports and definitions start code again; an example call does not.
     """
     text = re.sub(r"\r\n?", "\n", text[:MAX_ANSWER].lstrip("\ufeff"))
+    if re.match(r"\s*\n?[ \t]+\S", text) and not re.search(
+        r"^\s*(async +)?(def|class|import|from|@)\b|```|~~~", text, re.M
+    ):
+        text = f"{head}\n" + text.lstrip("\n")
     text = INDENTED_FENCE.sub(lambda block: textwrap.dedent(block[0]), textwrap.dedent(text)).strip()
     kept, code, fenced, quoted, defined = [], False, False, False, False
     for line in text.split("\n"):

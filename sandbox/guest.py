@@ -103,7 +103,10 @@ def preamble(job: dict):
     for text in (job["prompt"], job["prompt"] + "\n    pass\n", ""):
         with contextlib.suppress(SyntaxError):
             tree = ast.parse(text)
-            tree.body = [node for node in tree.body if getattr(node, "name", None) != job["entry_point"]]
+            entry = [node for node in tree.body if getattr(node, "name", None) == job["entry_point"]]
+            inside = [node for each in entry for node in ast.walk(each)]  # imports in the function count as given
+            imports = [node for node in inside if isinstance(node, (ast.Import, ast.ImportFrom))]
+            tree.body = imports + [node for node in tree.body if node not in entry]
             return compile(tree, "prompt", "exec")
 
 
