@@ -3,10 +3,9 @@
 The problem. N agents answer at the same time, each from its own prompt. Within a turn, no agent sees what the others
 write (a Dec-POMDP). Their answers together earn one reward. Which answers should become more likely?
 
-The idea. Let every agent answer G times, pair the answers into joint actions, and reward each of these. An answer whose
-joint actions earned more than the average of its group becomes more likely, one that earned less becomes less likely.
-The group's average replaces the learned critic of PPO. All agents share the credit for a joint action: the algorithm
-never asks who earned it. What depends on a lucky partner averages out over many groups.
+The idea. Let every agent answer G times, pair the answers into joint actions, and reward each of these. An answer that
+earned more than the average of its group becomes more likely, one that earned less becomes less likely. The average
+replaces the learned critic of PPO. All agents share the credit for a joint action; luck with partners averages out.
 
     sample      y[i,1], ..., y[i,G] ~ pi_i( . | x_i)        G completions by each agent i           sample
     pair        (y[1,g], ..., y[N,g])                       K joint actions (aligned: K = G)        joint_actions
@@ -20,9 +19,8 @@ never asks who earned it. What depends on a lucky partner averages out over many
 
 One step in numbers. Two agents summarise one post, G = 4, and the joint actions earn 1, 3, 2 and 2. The mean is 2 and
 the standard deviation 0.71, so the advantages are -1.41, +1.41, 0 and 0, for both agents alike. Agent 1's second
-completion has 20 tokens. Each of them has weight 1 / (20 * 4) = 0.0125 and, as nothing has been updated yet, ratio 1.
-So the derivative of the loss with respect to the log-probability of each of these tokens is -0.0125 * 1.41 = -0.018.
-The two completions with advantage 0 teach nothing.
+completion has 20 tokens. Each has weight 1 / (20 * 4) = 0.0125 and, as nothing has been updated yet, ratio 1. So the
+derivative of the loss with respect to each of their log-probabilities is -0.0125 * 1.41 = -0.018.
 
 With several turns, an item's rollout is a tree: every joint action opens a node of the next turn. N = 1 is GRPO.
 Shapes: N agents, B prompts (one for each group), G completions of a prompt, BG = B * G rows, K joint actions, P prompt
@@ -84,9 +82,7 @@ def train_step(policies, task, items, cfg, step):
     """One step on the items of all processes. Returns (turns, metrics): the nodes of this process, and all metrics."""
     metrics = Metrics()
     start = time.perf_counter()
-    world.may_stop = True  # nothing has been updated yet
     turns = rollout(policies, task, world.share(items), cfg, step)
-    world.may_stop = False
     sampled = time.perf_counter()
     assign_credit(turns, cfg)
     for policy in policies:
@@ -99,20 +95,18 @@ def train_step(policies, task, items, cfg, step):
 
 @dataclass
 class Group:
-    """G completions of one prompt by one agent, which are compared with each other. Its tensors are on the CPU."""
+    """G completions of one prompt by one agent, which are compared with each other. The tensors are on the CPU."""
 
     agent: int
     slot: int  # the number of the item in its step
     turn: int
     prompt: list  # P token ids
     stream: tuple  # integers that seed the group's random numbers
-    dropped_turns: int = 0  # turns of the history that the prompt had to leave out
-    # filled in by sample
+    dropped_turns: int = 0  # turns of the history that the prompt left out; what follows is filled in later
     tokens: torch.Tensor = None  # (G, C) ids; what follows a stop token has no meaning
     mask: torch.Tensor = None  # (G, C) True on what the policy chose, its stop token included
     logp: torch.Tensor = None  # (G, C) log-probabilities at the time of sampling, 0 where the mask is False
     ended: torch.Tensor = None  # (G,) True if it stopped by itself, False if it was cut at max_new_tokens
-    # filled in by assign_credit and set_weights
     advantage: torch.Tensor = None  # (G,)
     weight: torch.Tensor = None  # (G, C) loss weight of each token, 0 where the mask is False
 
@@ -158,8 +152,7 @@ def rollout(policies, task, items, cfg, step):
 def joint_actions(num_agents, cfg):
     """(K, N) table: entry (k, i) is the completion that agent i contributes to joint action k.
 
-    aligned: the g-th of each agent, K = G; then all agents have the same advantages. crossed: all combinations of the
-    same completions, K = G ** N. With several turns, each of the K continues.
+    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, from the same completions.
     """
     if cfg.joint == "aligned":
         return torch.arange(cfg.group)[:, None].expand(cfg.group, num_agents)
@@ -275,24 +268,20 @@ def set_weights(groups, cfg):
     "sequence", completions, each a mean over its tokens; "token", all tokens; "constant", completions, each a sum over
     its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Completions with advantage 0 count, too.
     """
-    completions, tokens, teaching = torch.zeros(3, cfg.num_agents, cfg.turns, dtype=torch.float64)
+    totals = torch.zeros(3, cfg.num_agents, cfg.turns, dtype=torch.float64)
+    completions, tokens, teaching = totals
     for group in groups:
         place = group.agent, group.turn
         completions[place] += len(group.tokens)
         tokens[place] += group.mask.sum()
         teaching[place] += group.advantage.any()
-    # Counted over all replicas and before the minibatch is split, so that neither the number of GPUs nor --micro-batch
-    # changes the gradient.
-    for counts in (completions, tokens, teaching):
-        world.sum(counts)
+    # Over all replicas, and before the minibatch is split: neither GPUs nor --micro-batch may change the gradient.
+    world.sum(totals)
     turns = (completions > 0).sum(1)  # (N,)
     for group in groups:
         place = group.agent, group.turn
-        divisor = tokens[place] if cfg.normalize == "token" else completions[place]
-        if cfg.normalize == "sequence":
-            divisor = divisor * group.mask.sum(1, keepdim=True)
-        if cfg.normalize == "constant":
-            divisor = divisor * cfg.max_new_tokens
+        lengths = group.mask.sum(1, keepdim=True) if cfg.normalize == "sequence" else cfg.max_new_tokens
+        divisor = tokens[place] if cfg.normalize == "token" else lengths * completions[place]
         group.weight = (group.mask / (divisor * turns[group.agent])).float()
     return (completions if cfg.kl else teaching).sum(1).nonzero()[:, 0].tolist()
 
@@ -839,6 +828,7 @@ def sample(policy, groups, cfg):
     uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (BG, C): one number decides each token
     prompts = Prompts([group.prompt for group in groups], cfg.group, device)
     cache = GroupCache(prompts, cfg.max_new_tokens)
+    world.may_stop = True
     policy.choose_adapters(groups, torch.tensor(prompts.lengths))
     call = {"position_ids": prompts.places[prompts.real][None], "use_cache": False, "logits_to_keep": 1}
     model(prompts.ids[prompts.real][None], **call, group_attend=cache.read_prompts)  # in one row, without padding
@@ -874,6 +864,7 @@ def sample(policy, groups, cfg):
         if repeat is step and policy.graphs and length < cfg.max_new_tokens:
             repeat = as_graph(step, policy)
     model.train(training)
+    world.may_stop = False
     if not torch.isfinite(logps[:, :length]).all():
         raise FloatingPointError("the probabilities that the policy samples from are not finite")
     columns = zip(*(x.cpu().split(cfg.group) for x in (tokens, mask, logps, ended)), strict=True)
@@ -977,7 +968,7 @@ class World:
     rank = peer = replica = 0
     size = num_peers = num_replicas = 1
     replicas = peers = None  # process groups
-    may_stop = False  # whether an interrupt may drop what is being done
+    may_stop = False  # True while sampling: an interrupt may drop the rollout
 
     def start(self, layout, num_agents):
         """Divide the processes of torch.distributed, if it is on."""

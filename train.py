@@ -694,7 +694,7 @@ def train(config, task, policies):
     log, after = Log(folder, config, step), None
     try:
         if not checkpoint:
-            extra["before"] = evaluate_task(config, task, policies, may_stop=True)
+            extra["before"] = evaluate_task(config, task, policies)
             log.metrics(0, extra["before"][0], "eval/")
         with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
             # All processes have to stop at the same step, or some would wait for the others for ever.
@@ -707,7 +707,7 @@ def train(config, task, policies):
                 if world.gather(due)[0]:
                     saved, saved_at = save_checkpoint(config, step, policies, extra), time.monotonic()
         if step == config.steps:
-            after = evaluate_task(config, task, policies, may_stop=True)
+            after = evaluate_task(config, task, policies)
             log.metrics(step, after[0], "eval/")
     except Interrupted:  # step is the last one that was finished
         pass
@@ -753,13 +753,11 @@ def items_of_step(items, config, step):
     return found
 
 
-def evaluate_task(config, task, policies, may_stop=False):
+def evaluate_task(config, task, policies):
     """Metrics on the held-out items, and one episode: of the first node of this process's last turn."""
     if world.rank == 0:
         print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
-    world.may_stop = may_stop
     turns, metrics = evaluate(policies, task, task.eval_items, config)
-    world.may_stop = False
     return metrics, episode_of(task, turns[-1][0]) if turns else None
 
 

@@ -3,6 +3,7 @@
     python benchmarks/scaling.py --memory      bytes per parameter, on small models with random weights, over gloo
     python benchmarks/scaling.py --speed       seconds a step on 1 and 2 processes of one thread each
     python benchmarks/scaling.py --paper       the arithmetic for 1, 8 and 64 GPUs
+    python benchmarks/scaling.py --cards       memory of two agents with adapters, for a card to be chosen
 
 Prints one JSON line per row. The assumptions of --paper are the constants below.
 """
@@ -40,6 +41,28 @@ def bytes_per_parameter(dtype, agents=1):
     one agent at a time: agents are updated one after the other.
     """
     return agents * (12 if dtype == "float32" else 14) + 4
+
+
+def bytes_with_adapters(parameters, adapter, dtype, agents):
+    """Bytes on a device for one frozen model and an adapter of so many parameters for each agent.
+
+    Of the model, only the weights are kept. Of an adapter, the weights, masters, gradients, and Adam's two moments.
+    """
+    weight = 4 if dtype == "float32" else 2
+    return parameters * weight + agents * adapter * (weight + 4 + 4 + 8)
+
+
+def adapter_parameters(layers, hidden, inner, keys, rank=16):
+    """Parameters of an adapter of a Llama-like model; keys: width of all keys, and of all values."""
+    shapes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    return layers * rank * sum(inputs + outputs for inputs, outputs in shapes)
+
+
+CARDS = {  # parameters, then the shape: Qwen3-1.7B, Qwen2.5-7B
+    "1.7 B": (1.72e9, adapter_parameters(28, 2048, 6144, 1024)),
+    "7 B": (7.62e9, adapter_parameters(28, 3584, 18944, 512)),
+}
 
 
 def paper(world, layout):
@@ -90,14 +113,14 @@ def measure(path):
     """Have the process write to a file, before each optimizer step, the bytes of its tensors that are like weights."""
     step = magrpo.Policy.step
 
-    def measured(policy, max_grad_norm):
+    def measured(policy, max_grad_norm, learners):
         storages = {}
         for tensor in [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]:
             for x in (tensor, tensor.grad):
                 if x is not None and x.is_floating_point() and x.dim() > 0:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         path.write_text(str(sum(storages.values())))
-        return step(policy, max_grad_norm)
+        return step(policy, max_grad_norm, learners)
 
     magrpo.Policy.step = measured
 
@@ -118,13 +141,19 @@ def memory(root):
         "shared, float32": (1, "float32", ["--weights=shared"], 1),
         "apart, float32": (2, "float32", ["--layout=apart"], 1),
         "apart, bfloat16": (2, "bfloat16", ["--layout=apart"], 1),
+        "adapters, float32": (1, "float32", ["--weights=adapters"], 2),
+        "adapters, bfloat16": (1, "bfloat16", ["--weights=adapters"], 2),
     }
     for n, (name, (count, dtype, flags, agents)) in enumerate(cases.items()):
         seen = root / f"bytes_{n}"
         arguments = [*options(root, root / str(n), dtype=dtype, kl=1e-6), *flags]  # with kl, no group is left out
         launch(count, arguments, lambda rank, seen=seen: measure(seen) if rank == 0 else None)
         copy = 4 if dtype == "float32" else 2  # frozen, for kl
-        row = {"option": name, "predicted": bytes_per_parameter(dtype, agents), "kl_copy": agents * copy}
+        predicted, copies = bytes_per_parameter(dtype, agents), agents * copy
+        if "adapters" in name:
+            adapter = adapter_parameters(2, 128, 512, 128)  # of the model that make_model makes
+            predicted, copies = round(bytes_with_adapters(parameters, adapter, dtype, 2) / parameters, 1), 0
+        row = {"option": name, "predicted": predicted, "kl_copy": copies}
         print(json.dumps(row | {"measured_with_copy": round(int(seen.read_text()) / parameters, 1)}), flush=True)
 
 
@@ -141,7 +170,7 @@ def speed(root):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("memory", "speed", "paper"):
+    for name in ("memory", "speed", "paper", "cards"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,6 +179,11 @@ def main():
             memory(Path(folder))
         if args.speed:
             speed(Path(folder))
+    for size, (parameters, adapter) in CARDS.items() if args.cards else ():
+        gb = bytes_with_adapters(parameters, adapter, "bfloat16", 2) / 1e9
+        separate = parameters * bytes_per_parameter("bfloat16", 2) / 1e9
+        row = {"two_agents_of": size, "gb_adapters": round(gb, 1), "gb_separate": round(separate, 1)}
+        print(json.dumps(row | {"adapter_parameters": adapter, "without": "activations and logits"}))
     for world in (1, 8, 64) if args.paper else ():
         for layout in ("together", "apart"):
             if world > 1 or layout == "together":
