@@ -758,20 +758,19 @@ class MicroBatch:
     def attend_all(self, layer, query, key, value, scale):
         """Attention of whole rows: the prompt to itself, and every completion to the prompt and itself."""
         (B, P), (BG, C) = self.prompts.ids.shape, self.tokens.shape
-        share = query.shape[1] // key.shape[1]
+        out = attend_causally(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale)  # (B, P, heads, D)
 
         def completions(x):  # (B, heads, P + G * C, D) -> (BG, heads, C, D)
             return x[:, :, P:].unflatten(2, (BG // B, C)).transpose(1, 2).flatten(0, 1)
 
-        def with_prompt(
-            x,
-        ):  # (B, Hkv, P + G * C, D) -> (BG, heads, P + C, D); no scores are kept, so this copy is cheap
-            joined = torch.cat([x[:, :, :P].repeat_interleave(BG // B, 0), completions(x)], 2)
-            return joined.repeat_interleave(share, 1)
+        def with_prompt(x):  # (B, Hkv, P + G * C, D) -> (BG, Hkv, P + C, D), a copy that is small beside the scores
+            return torch.cat([x[:, :, :P].repeat_interleave(BG // B, 0), completions(x)], 2)
 
-        out = attend_causally(query[:, :, :P], key[:, :, :P], value[:, :, :P], scale)  # (B, P, heads, D)
-        keys, values = with_prompt(key), with_prompt(value)
-        own = F.scaled_dot_product_attention(completions(query), keys, values, self.looks, scale=scale)
+        query, key, value = completions(query), with_prompt(key), with_prompt(value)
+        on_cpu = query.device.type == "cpu"  # where the kernel shares key heads itself, also under a mask
+        share = 1 if on_cpu else query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        own = F.scaled_dot_product_attention(query, key, value, self.looks, scale=scale, enable_gqa=on_cpu)
         return torch.cat([out, own.transpose(1, 2).reshape(B, -1, *out.shape[2:])], 1)
 
 

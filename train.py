@@ -134,9 +134,6 @@ def parse_args(argv):
     else:
         config = Config(**given)
     check_config(config)
-    config.started = config.started or time.time()
-    # Chat templates that write the date write one date for the whole run.
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
     return config
 
 
@@ -152,10 +149,8 @@ def saved_options(folder):
         raise UserError(f"{path} is not the config.json of a run: {first_line(error)}") from error
     for field in dataclasses.fields(Config):
         value, choices = getattr(config, field.name), get_args(field.type)
-        fits = (
-            value in choices if choices else isinstance(value, (field.type, int) if field.type is float else field.type)
-        )
-        if not fits:
+        kinds = (float, int) if field.type is float else field.type
+        if value not in choices if choices else not isinstance(value, kinds):
             raise UserError(f"{path} has {value!r} for {field.name}")
     return vars(config)
 
@@ -413,6 +408,7 @@ def replacing(path):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
     if path.is_dir():
+        shutil.rmtree(old, ignore_errors=True)  # of an earlier kill
         path.rename(old)
     partial.replace(path)
     shutil.rmtree(old, ignore_errors=True)
@@ -647,6 +643,9 @@ writes  {"nothing" if config.eval_only else f"{config.out}/ {files}"}""",
 
 def run(config):
     """Set up, then train or evaluate."""
+    config.started = config.started or time.time()
+    # Chat templates that write the date write one date for the whole run.
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
     device = start_processes(config)
     expert = None
     if config.feedback == "expert":
@@ -813,7 +812,7 @@ def save_agent(policy, agent, folder):
     policy.model.save_pretrained(folder, state_dict=policy.merged(agent))
     policy.tokenizer.save_pretrained(folder)
     if policy.adapters:
-        (folder / "adapter").mkdir()
+        (folder / "adapter").mkdir(exist_ok=True)
         save_file(policy.adapters.tensors(policy.agents.index(agent)), folder / "adapter" / "adapter_model.safetensors")
         config = policy.adapters.peft_config() | {"base_model_name_or_path": policy.model.config._name_or_path}
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

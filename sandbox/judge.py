@@ -32,9 +32,9 @@ import time
 from . import guest
 
 TEST_SECONDS = 2.0  # CPU time of one test; also of parsing, and of loading, the answer
-WAIT_SECONDS = 6.0  # wall time of the same: for answers that sleep, and far enough for a machine that is busy
+WAIT_SECONDS = 4.0  # wall time of the same: for answers that sleep, and far enough for a machine that is busy
 CPU_SECONDS = 15  # of each process
-JOB_SECONDS = 40  # wall time of the judge; tests after that do not pass
+JOB_SECONDS = 30  # wall time of the judge; tests after that do not pass
 GUESTS = 3  # a time-out or a crash costs a guest; with the last one the tests end
 MEMORY = 768 << 20  # bytes of address space of each process
 MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmath collections contextlib copy csv
