@@ -512,15 +512,15 @@ class Adapters:
         self.columns = None
         if agents is not None:
             columns = F.one_hot(agents, self.num_agents).repeat_interleave(self.rank, 1)
-            self.columns = columns * (self.alpha / self.rank)
+            dtype = next(iter(self.layers.values())).down.dtype
+            self.columns = (columns * (self.alpha / self.rank)).to(dtype)
 
     def add_update(self, layer, inputs, out):
         """The forward hook of a linear layer."""
         if self.columns is None:
             return out
         hidden = F.linear(inputs[0], layer.down.flatten(0, 1))  # (rows, T, N * r)
-        hidden = hidden * self.columns.to(hidden.dtype).view_as(hidden)
-        return out + hidden @ layer.up.flatten(0, 1)
+        return out + (hidden * self.columns.view_as(hidden)) @ layer.up.flatten(0, 1)
 
     @torch.no_grad()
     def merged(self, model, i):
@@ -542,13 +542,7 @@ class Adapters:
 
     def peft_config(self):
         """What PEFT has to know to load the tensors, but for the name of the model."""
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "bias": "none",
-        }
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank, "lora_alpha": self.alpha}
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in self.layers})
         config["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in self.layers.values())
         return config

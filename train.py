@@ -760,6 +760,9 @@ def evaluate_task(config, task, policies):
     return metrics, episode_of(task, turns[-1][0]) if turns else None
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Interrupted(BaseException):
     """An interrupt while nothing is half done: in a rollout or an evaluation."""
 
@@ -782,7 +785,7 @@ def catch_signals():
         if at_once:
             raise Interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, handler)
     return caught
@@ -839,7 +842,7 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signals = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         run(parse_args(argv))
         return 0
