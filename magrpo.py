@@ -72,7 +72,7 @@ class Settings:
     epochs: int = 1  # passes over a rollout
     clip_eps: float = 0.2  # lower clip bound of the ratio to the sampling policy: 1 - this
     clip_eps_high: float = 0.2  # upper clip bound: 1 + this
-    kl: float = 0.0  # weight of the KL penalty; above 0, a frozen copy of the initial policy is kept
+    kl: float = 0.0  # weight of the KL penalty, to a frozen copy of the initial policy; to the bare model with adapters
     normalize: Literal["sequence", "token", "constant"] = "sequence"  # what the loss is a mean over
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch: int = 16  # completions in one forward and backward pass; does not change the gradient
@@ -488,7 +488,7 @@ class Adapters:
 
     def __init__(self, model, agents, starts, cfg):
         self.rank, self.num_agents, self.layers = cfg.rank, len(agents), {}
-        self.columns = None  # (tokens, N * r): alpha / r on the columns of each token's agent; None: the bare model
+        self.columns = None  # (tokens, N * r): 1 on the columns of each token's agent, else 0; None: the bare model
         model.requires_grad_(False)
         for name, layer in model.named_modules():
             if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not model.get_output_embeddings():
@@ -512,15 +512,15 @@ class Adapters:
         self.columns = None
         if agents is not None:
             columns = F.one_hot(agents, self.num_agents).repeat_interleave(self.rank, 1)
-            dtype = next(iter(self.layers.values())).down.dtype
-            self.columns = (columns * (self.alpha / self.rank)).to(dtype)
+            self.columns = columns.to(next(iter(self.layers.values())).down.dtype)
 
     def add_update(self, layer, inputs, out):
         """The forward hook of a linear layer."""
         if self.columns is None:
             return out
         hidden = F.linear(inputs[0], layer.down.flatten(0, 1))  # (rows, T, N * r)
-        return out + (hidden * self.columns.view_as(hidden)) @ layer.up.flatten(0, 1)
+        update = (hidden * self.columns.view_as(hidden)) @ layer.up.flatten(0, 1)
+        return torch.add(out, update, alpha=self.alpha / self.rank)
 
     @torch.no_grad()
     def merged(self, model, i):
@@ -529,7 +529,8 @@ class Adapters:
         for name, layer in self.layers.items():
             update = (self.alpha / self.rank) * layer.up[i].float().T @ layer.down[i].float()  # (out, in)
             update = update if isinstance(layer, torch.nn.Linear) else update.T
-            weights[f"{name}.weight"] = (layer.weight.float() + update).to(layer.weight.dtype)
+            # Off the device, which may have no room for a second model.
+            weights[f"{name}.weight"] = (layer.weight.float() + update).to(layer.weight.dtype).cpu()
         return weights
 
     def tensors(self, i):

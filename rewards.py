@@ -187,16 +187,15 @@ def parameters_of(item: dict) -> str:
 def extract_code(text: str, head: str = "def f():") -> str:
     """The code of an answer, without Markdown's fences and the prose around it.
 
-    A base model goes on where the prompt ends, so an answer that begins indented is the body of the function `head`.
+    A base model goes on where the prompt ends, so an answer that begins with indented code is the body of `head`.
 
     An unindented line tells whether what follows is code. In a fence, all of it is from the first such line on. After
     the first definition only imports and definitions start code again; an example call does not.
     """
     text = re.sub(r"\r\n?", "\n", text[:MAX_ANSWER].lstrip("\ufeff"))
-    if re.match(r"\s*\n?[ \t]+\S", text) and not re.search(
-        r"^\s*(async +)?(def|class|import|from|@)\b|```|~~~", text, re.M
-    ):
-        text = f"{head}\n" + text.lstrip("\n")
+    body = body_of(text)
+    if body:
+        return f"{head}\n{body}"
     text = INDENTED_FENCE.sub(lambda block: textwrap.dedent(block[0]), textwrap.dedent(text)).strip()
     kept, code, fenced, quoted, defined = [], False, False, False, False
     for line in text.split("\n"):
@@ -211,6 +210,22 @@ def extract_code(text: str, head: str = "def f():") -> str:
             kept.append(line)
             defined |= "def " in line
             quoted ^= (line.count('"""') + line.count("'''")) % 2 == 1
+    return "\n".join(kept)
+
+
+def body_of(text: str) -> str:
+    """The indented code that an answer begins with, up to the first line that is not indented; "" if it does not."""
+    first = re.search(r"\S", text)
+    start = text.rfind("\n", 0, first.start()) + 1 if first else 0
+    line = text[first.start() :].partition("\n")[0] if first else ""
+    is_code = MORE.match(line) and not re.match(r"(async|def|class|@)", line)
+    if not first or first.start() == start or not is_code or "```" in text or "~~~" in text:
+        return ""
+    kept = []
+    for line in text[start:].split("\n"):
+        if line.strip() and line[0] not in " \t":
+            break
+        kept.append(line)
     return "\n".join(kept)
 
 

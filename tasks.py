@@ -24,6 +24,7 @@ agents for naming the same word without seeing each other's answer:
     TASKS["sameword"] = SameWord
 """
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -37,7 +38,7 @@ from pathlib import Path
 
 from huggingface_hub import InferenceClient, constants
 
-from magrpo import UserError, first_line
+from magrpo import UserError, first_line, world
 from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, judge_many, parameters_of, tldr_reward
 from sandbox.judge import isolation, list_tests
 
@@ -59,8 +60,10 @@ def load_items(source, fields, prepare=dict):
     name alternatives, "abstract_text|abstract"; the first that is there is stored under the first name. prepare: what
     is done with a row before its fields are looked for. Raises UserError with file and line for what cannot be used.
     """
-    source, _, mapping = str(source).rpartition(":") if "=" in str(source).rpartition(":")[2] else (str(source), "", "")
-    renamed = dict(pair.split("=", 1) for pair in mapping.split(",") if "=" in pair)
+    pair = r"\w+=[^:=,/\\]+"
+    mapping = re.fullmatch(rf"(.+?):({pair}(?:,{pair})*)", str(source))
+    source = mapping[1] if mapping else str(source)
+    renamed = dict(each.split("=") for each in mapping[2].split(",")) if mapping else {}
     path = Path(source)
     if path.suffix in (".csv", ".json", ".parquet", ".txt", ".zip"):
         raise UserError(f"--data {source} is a {path.suffix} file: convert it to .jsonl, one JSON object a line")
@@ -240,7 +243,8 @@ class Expert:
 
     def warning(self):
         """Ask something simple, to say at the start that the expert does not answer."""
-        _, reason = self.ask("Say hello to both.", 1, tries=1)
+        with self.online():
+            _, reason = self.ask("Say hello.", 1, tries=1)
         reached = reason in (None, "ValueError")  # another form of answer is an answer
         return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
 
@@ -253,18 +257,24 @@ class Expert:
 
         # Daemon threads, not an executor: nothing waits for a server that never answers.
         threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
-        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it would block these requests, too
         end = time.monotonic() + self.timeout
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(end - time.monotonic(), 0))
-        constants.HF_HUB_OFFLINE = offline
+        with self.online():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(max(end - time.monotonic(), 0))
         advice, reasons = [text for text, _ in replies], sorted({why for _, why in replies if why})
         if reasons:
             failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(reasons)}"
             print(f"warning: the expert failed: {failed}", file=sys.stderr)
         return advice
+
+    @contextlib.contextmanager
+    def online(self):
+        """HF_HUB_OFFLINE is about the Hub, and would block these requests, too."""
+        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+        yield
+        constants.HF_HUB_OFFLINE = offline
 
     def ask(self, question, num_agents, tries=tries):
         """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
@@ -386,14 +396,20 @@ class Coding(Task):
         for item in items:
             if problem := check_problem(item):
                 bad[item.where] = problem
-        # Own solutions are judged, of a large set some: a test may need what the sandbox does not have.
+        # Own solutions are judged, of a large set a sample: a test may need what the sandbox does not have. One process
+        # does so for all, because a solution that is slow may pass on one and not on another.
         own = [item for item in items if item.where not in bad and item.get("canonical_solution")]
-        some = own[:: max(len(own) // 64, 1)]
+        some = own[:: max(len(own) // 64, 1)] if world.rank == 0 else []
         jobs = [("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in some]
-        for item, reward in zip(some, judge_many(jobs), strict=True):
-            outcomes = [test["outcome"] for test in reward["detail"]["outcomes"] if test["outcome"] != "passed"]
-            if outcomes:
-                bad[item.where] = f"its own solution does not pass: {outcomes[0]}"
+        try:
+            verdicts = judge_many(jobs)
+        except RuntimeError as error:
+            raise UserError(f"code cannot be judged here: {first_line(error)}") from error
+        for item, reward in zip(some, verdicts, strict=True):
+            outcomes = {test["outcome"] for test in reward["detail"]["outcomes"]} - {"passed", "time-out", "not run"}
+            if outcomes or not reward["detail"]["outcomes"]:
+                bad[item.where] = f"its own solution does not pass: {', '.join(sorted(outcomes)) or 'nothing runs'}"
+        bad = world.gather(bad)[0]
         if bad and not self.skip_bad:
             where, problem = next(iter(bad.items()))
             raise UserError(f"{where}: {problem}; --skip-bad leaves out such problems ({len(bad)} of {len(items)})")
@@ -464,7 +480,8 @@ def as_humaneval(row):
     tests = row.get("test_list")
     if not isinstance(tests, list) or "entry_point" in row:
         return row
-    test = "\n".join(str(part) for part in [row.get("test_setup_code") or "", *tests])
+    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+    test = "\n".join(str(part) for part in [*setup, *tests])
     defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
     entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
     mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}

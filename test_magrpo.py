@@ -1452,6 +1452,8 @@ def test_rows_of_other_forms_just_work(tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (chat, parts)))
     assert [item["prompt"] for item in tasks.load_items(path, ["prompt"])] == ["the dog", "the cat"]
     path.write_text(json.dumps({"post": "the road", "prompt": ""}))
+    (tmp_path / "split=train").mkdir()
+    path = path.rename(tmp_path / "split=train" / "rows.jsonl")
     (item,) = tasks.load_items(f"{path}:prompt=post", ["prompt"])
     assert item["prompt"] == "the road" and item.where == f"{path}, line 1"
     mbpp = {"text": "Add one.", "code": "import math\ndef add(x):\n    return x + 1", "test_setup_code": "ONE = 1"}
@@ -2188,6 +2190,8 @@ def test_no_answer_keeps_the_trainer_busy_with_reading():
     for unit in ('\\"', "'\\", '"' * 3, "    ```\n", " def f(\n", "a,", "x[", "f(", ") ", "#", "\n]", "x: "):
         text = "def f(x):\n    return 1\n" + unit * (rewards.MAX_ANSWER // len(unit))
         assert rewards.code_reward(text, text.replace("f", "g"), ITEM)["total"] == 0.0
+    for unit in ("\n", " ", "\t", " \n", "\n x", "\n return "):
+        rewards.extract_code(unit * (rewards.MAX_ANSWER // len(unit)) + " x")
 
 
 def test_a_helper_that_nobody_wrote_is_not_used():
@@ -2325,7 +2329,19 @@ def test_a_body_is_the_function_that_the_prompt_began():
     item = make_item("assert candidate(4) == 5", prompt="def f(x: int):\n    # add one\n")
     reward = rewards.code_reward("    return x + 1", "\n    y = aux(x)\n    return int(y)\n\nThis adds one.", item)
     assert reward["total"] == 4.0
-    assert rewards.code_reward("x + 1", "Just return x + 1.", item)["total"] == 0.0
+    for prose in (
+        "x + 1",
+        " I return",
+        " Sure, this returns the sum and return it.",
+        "  - You can return x",
+        "   ",
+        "\n",
+    ):
+        assert rewards.code_reward(prose, prose, item)["total"] == 0.0, prose
+    longer = "    import math\n    def g(y):\n        return y + 1\n    return g(x)\n\ndef unrelated():\n    return 0"
+    assert rewards.code_reward("", longer, item)["passed"] == 1.0
+    indented = "  def f(x):\n      return x + 1"
+    assert rewards.code_reward("", indented, item)["passed"] == 1.0
 
 
 def test_a_busy_machine_costs_an_answer_nothing():
@@ -2337,6 +2353,13 @@ def test_a_busy_machine_costs_an_answer_nothing():
     assert results == [["passed"]] * 8
     slept = rewards.code_reward(AUX, "def f(x):\n    import time\n    time.sleep(60)\n    return x", item)
     assert outcomes(slept) == ["time-out"]
+
+
+def test_a_test_that_goes_on_after_its_time_costs_only_itself():
+    """An alarm that rang while the last one was handled ended the judge: tests that came after were not run."""
+    loop = "try:\n    data = [float(i) for i in range(3_000_000)]\n    while True: pass\nexcept:\n    assert False"
+    item = make_item(loop, "assert candidate(1) == 2", "assert candidate(2) == 3")
+    assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return x + 1", item))[1:] == ["passed", "passed"]
 
 
 def test_an_endless_answer_costs_its_time_limit():

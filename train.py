@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import inspect
 import itertools
@@ -161,6 +162,8 @@ def resumed_config(given):
     if given.get("dtype") == "auto":
         del given["dtype"]  # saved is what auto became
     changed = [name for name, value in given.items() if name not in FREE_ON_RESUME and saved[name] != value]
+    if saved["weights"] == "adapters" and given.get("layout", saved["layout"]) != saved["layout"]:
+        changed.append("layout")  # apart, each adapter has a checkpoint of its own
     if changed:
         said = ", ".join(f"{flag(name)} was {saved[name]}, not {given[name]}" for name in changed)
         raise UserError(f"--resume {given['resume']} would not continue the same run: {said}")
@@ -175,7 +178,7 @@ def evaluated_config(given):
     if given.get("task", saved["task"]) != saved["task"]:
         return Config(**given)
     taken = {name: saved[name] for name in TAKEN_FROM_AGENTS if name not in given}
-    changed = {name: value for name, value in taken.items() if value != getattr(Config, name)}
+    changed = {name: value for name, value in taken.items() if value != getattr(Config, name) and name != "started"}
     if changed and int(os.environ.get("RANK", 0)) == 0:
         said = " ".join(f"{flag(name)} {value}" for name, value in changed.items())
         print(f"with the options of {given['agents']}: {said}", flush=True)
@@ -279,9 +282,6 @@ def load_policies(config, device="cpu"):
     for agents in [[agent] for agent in mine] if config.weights == "separate" else [mine]:
         model, tokenizer = load_model(names[agents[0] % len(names)], device, config.temperature)
         adapters = [starts[agent] for agent in agents] if config.weights == "adapters" else None
-        frozen = None
-        if config.kl and not config.eval_only and not adapters:
-            frozen = copy.deepcopy(model).requires_grad_(False)
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
@@ -292,7 +292,8 @@ def load_policies(config, device="cpu"):
             state = torch.load(checkpoint / f"agent_{agents[0]}.pt", map_location="cpu", weights_only=True)
             policies[-1].load_masters(state["masters"])
         policies[-1].template = template_options(config)
-        if frozen:
+        if config.kl and not config.eval_only and not adapters:
+            frozen = copy.deepcopy(model).requires_grad_(False)
             policies[-1].reference = Policy(frozen, tokenizer, agents, config, dtype, train=False)
     return policies
 
@@ -336,12 +337,12 @@ def interrupted_agents(config):
     if not checkpoints:
         raise UserError(f"--agents {folder} has no agents and no checkpoint")
     saved = saved_options(folder)
-    for name in ("num_agents", "weights"):
+    for name in ("num_agents", "weights", "layout", "rank"):
         if saved[name] != getattr(config, name):
             raise UserError(f"--agents {folder} was interrupted: use it with {flag(name)} {saved[name]}")
     if saved["agents"]:
-        return [f"{saved['agents']}/agent_{agent}" for agent in range(config.num_agents)], checkpoints[-1]
-    return saved["model"].split(","), checkpoints[-1]
+        raise UserError(f"--agents {folder} was interrupted, and began with --agents itself: finish it with --resume")
+    return [name.strip() for name in saved["model"].split(",")], checkpoints[-1]
 
 
 def load_adapters(config, agents):
@@ -349,11 +350,12 @@ def load_adapters(config, agents):
     try:
         saved = [json.loads((Path(agent) / "adapter" / "adapter_config.json").read_text("utf-8")) for agent in agents]
         starts = [load_file(Path(agent) / "adapter" / "adapter_model.safetensors") for agent in agents]
-    except (OSError, ValueError, SafetensorError) as error:
+        models = {each["base_model_name_or_path"] for each in saved}
+        ranks = {each["r"] for each in saved}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--agents {config.agents} has no adapters: --weights separate starts from it") from error
-    models = {each["base_model_name_or_path"] for each in saved}
-    if len(models) > 1 or {each["r"] for each in saved} != {config.rank}:
-        raise UserError(f"--agents {config.agents} has adapters of rank {saved[0]['r']}, and --rank is {config.rank}")
+    if len(models) > 1 or ranks != {config.rank}:
+        raise UserError(f"--agents {config.agents} has adapters of rank {ranks} on {models}, --rank is {config.rank}")
     return list(models), starts
 
 
@@ -431,7 +433,7 @@ class Log:
             if path.exists():  # drop what came after the checkpoint: those steps run again
                 lines = path.read_bytes().splitlines(keepends=True)
                 with replacing(path) as partial:
-                    partial.write_bytes(b"".join(line for line in lines if step and json.loads(line)["step"] <= step))
+                    partial.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= step))
         if config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -451,7 +453,7 @@ class Log:
         # NaN is no JSON.
         values = {prefix + name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.append("metrics", {"step": step} | values)
-        self.send(values, step=step)
+        self.send({name: value for name, value in values.items() if value is not None}, step=step)
 
     def append(self, name, record):
         """Append a line, in one write: neither a kill nor a full disk leaves half of it."""
@@ -643,10 +645,10 @@ writes  {"nothing" if config.eval_only else f"{config.out}/ {files}"}""",
 
 def run(config):
     """Set up, then train or evaluate."""
-    config.started = config.started or time.time()
+    device = start_processes(config)
+    config.started = world.gather(config.started or time.time())[0]
     # Chat templates that write the date write one date for the whole run.
     chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
-    device = start_processes(config)
     expert = None
     if config.feedback == "expert":
         expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
@@ -690,7 +692,7 @@ def train(config, task, policies):
             )
         with replacing(folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-    log, after = Log(folder, config, step), None
+    log, after = Log(folder, config, step if checkpoint else -1), None
     try:
         if not checkpoint:
             extra["before"] = evaluate_task(config, task, policies)
@@ -781,7 +783,8 @@ def catch_signals():
         caught.append(time.monotonic())
         at_once = world.may_stop and world.size == 1  # several processes stop together, after the step
         when = "now" if at_once else "after this step"
-        print(f"\n{signal.Signals(number).name}: saving {when}; a second one ends without saving", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            print(f"\n{signal.Signals(number).name}: saving {when}; a second one ends without saving", file=sys.stderr)
         if at_once:
             raise Interrupted
 
@@ -812,13 +815,13 @@ def finish(config, task, policies, before, after):
 
 def save_agent(policy, agent, folder):
     """Save an agent as transformers loads it and, if it is one, its adapter as PEFT loads it."""
-    policy.model.save_pretrained(folder, state_dict=policy.merged(agent))
-    policy.tokenizer.save_pretrained(folder)
     if policy.adapters:
-        (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "adapter").mkdir(parents=True, exist_ok=True)
         save_file(policy.adapters.tensors(policy.agents.index(agent)), folder / "adapter" / "adapter_model.safetensors")
         config = policy.adapters.peft_config() | {"base_model_name_or_path": policy.model.config._name_or_path}
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    policy.model.save_pretrained(folder, state_dict=policy.merged(agent))
+    policy.tokenizer.save_pretrained(folder)
 
 
 def explain(error):
@@ -830,7 +833,7 @@ def explain(error):
         return 1, f"out of memory; what helps: {helps}"
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or "gloo/transport" in str(error):
         return 1, f"another process has gone, torchrun names it below ({first_line(error)})"
-    stopped = "the run has stopped; --resume goes on from its last checkpoint, if --save-every wrote one"
+    stopped = "the run has stopped; --resume goes on from its last checkpoint"
     if isinstance(error, FloatingPointError):
         return 1, f"{error}; {stopped}"
     if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):  # the last: of torch.save
@@ -881,10 +884,12 @@ class Unbreakable:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal has been closed
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = (stream and Unbreakable(stream) for stream in (sys.stdout, sys.stderr))
     sys.exit(record(main)())  # record() puts tracebacks into torchrun's summary

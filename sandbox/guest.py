@@ -105,8 +105,9 @@ def preamble(job: dict):
             tree = ast.parse(text)
             entry = [node for node in tree.body if getattr(node, "name", None) == job["entry_point"]]
             inside = [node for each in entry for node in ast.walk(each)]  # imports in the function count as given
-            imports = [node for node in inside if isinstance(node, (ast.Import, ast.ImportFrom))]
-            tree.body = imports + [node for node in tree.body if node not in entry]
+            imports = [ast.unparse(node) for node in inside if isinstance(node, (ast.Import, ast.ImportFrom))]
+            tries = "".join(f"try:\n    {line}\nexcept ImportError:\n    pass\n" for line in imports)
+            tree.body = [node for node in tree.body if node not in entry] + ast.parse(tries).body
             return compile(tree, "prompt", "exec")
 
 

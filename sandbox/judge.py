@@ -113,6 +113,8 @@ class Candidate:
 
     def __init__(self, guests: list):
         self.guests, self.lost = guests, ""
+        self.armed = self.owing = False  # whether the alarm rings; whether a guest has not replied yet
+        self.quiet = 0.0  # until when the alarm is silent
 
     def __call__(self, *args, **kwargs):
         return self.ask(guest.encode((args, kwargs)))
@@ -122,6 +124,7 @@ class Candidate:
         if self.lost or not self.guests:
             raise ConnectionError
         line, reply = self.guests[0].line, b""
+        self.owing = True
         try:
             line.sendall(json.dumps(what).encode() + b"\n")
             while not reply.endswith(b"\n"):
@@ -129,6 +132,7 @@ class Candidate:
                 reply += part
                 if not part or len(reply) > guest.MAX_VALUE:
                     raise ConnectionError
+            self.owing = False
             name, value = json.loads(reply)
             value = guest.decode(value) if name == "value" else expected_exception(name, str(value))
         except (OSError, KeyboardInterrupt) as error:  # the second: the alarm rang
@@ -140,7 +144,7 @@ class Candidate:
 
     def lose(self, how: str) -> None:
         """End the guest. This decides the outcome: a test that catches the exception does not pass all the same."""
-        self.lost = how
+        self.lost, self.owing = how, False
         os.kill(self.guests.pop(0).pid, signal.SIGKILL)
 
     def cpu_seconds(self) -> float:
@@ -151,9 +155,11 @@ class Candidate:
         return time.monotonic()
 
     def alarm(self, *_) -> None:
-        """Rings ten times a second during a test, and ends it when its time is over."""
-        cpu, wall = self.began
-        if self.cpu_seconds() - cpu > TEST_SECONDS or time.monotonic() - wall > WAIT_SECONDS:
+        """Rings ten times a second, and ends a test when its time is over; then again every second, if it goes on."""
+        (cpu, wall), now = self.began, time.monotonic()
+        late = now - wall > WAIT_SECONDS or self.cpu_seconds() - cpu > TEST_SECONDS
+        if self.armed and late and now > self.quiet:
+            self.quiet = now + 1
             raise KeyboardInterrupt  # which `except Exception` misses
 
     def timed(self, action, *args) -> str:
@@ -161,18 +167,21 @@ class Candidate:
         self.lost, outcome = "", "passed"
         if not self.guests:
             return "not run"
-        self.began = self.cpu_seconds(), time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        self.began, self.quiet = (self.cpu_seconds(), time.monotonic()), 0.0
         try:
-            action(*args)
+            self.armed = True
+            try:
+                action(*args)
+            finally:
+                self.armed = False
         except AssertionError:
             outcome = "failed"
         except KeyboardInterrupt:
             outcome = "time-out"
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"[:200]
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.owing:  # its late reply would be taken for that of the next test
+            self.lose("time-out")
         return self.lost or outcome
 
 
@@ -234,7 +243,9 @@ def run_tests(job: dict, guests: list, tell) -> None:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
         sys.path.append(site)
     candidate, ran = Candidate(guests), []
+    candidate.began = 0.0, time.monotonic()
     signal.signal(signal.SIGALRM, candidate.alarm)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     if candidate.timed(lambda: tell(**candidate.ask("look"))) != "passed":
         return
     space = {job["entry_point"]: candidate, "candidate": candidate, "_ran": ran}
