@@ -861,16 +861,21 @@ def sample(policy, groups, cfg):
     world.may_stop = False
     if not torch.isfinite(logps[:, :length]).all():
         raise FloatingPointError("the probabilities that the policy samples from are not finite")
-    columns = zip(*(x.cpu().split(cfg.group) for x in (tokens, mask, logps, ended)), strict=True)
-    for group, (tokens, mask, logp, ended) in zip(groups, columns, strict=True):
-        length = int(mask.sum(1).max())  # of the longest completion
-        group.tokens, group.mask, group.logp, group.ended = (
-            tokens[:, :length],
-            mask[:, :length],
-            logp[:, :length],
-            ended[:, 0],
-        )
-        group.advantage, group.weight = torch.zeros(cfg.group), torch.zeros_like(group.logp)  # no credit yet
+    fill_in(groups, tokens.cpu(), mask.cpu(), logps.cpu(), ended.cpu())
+
+
+def fill_in(groups, tokens, mask, logp, ended):
+    """Divide the sampled rows among their groups, each trimmed to its longest completion."""
+    size = len(tokens) // len(groups)
+    for b, group in enumerate(groups):
+        rows = slice(b * size, (b + 1) * size)
+        columns = slice(int(mask[rows].sum(1).max()))
+        group.tokens = tokens[rows, columns]
+        group.mask = mask[rows, columns]
+        group.logp = logp[rows, columns]
+        group.ended = ended[rows, 0]
+        group.advantage = torch.zeros(size)  # no credit yet
+        group.weight = torch.zeros_like(group.logp)
 
 
 def as_graph(step, policy):

@@ -64,6 +64,9 @@ def load_items(source, fields, prepare=dict):
     mapping = re.fullmatch(rf"(.+?):({pair}(?:,{pair})*)", str(source))
     source = mapping[1] if mapping else str(source)
     renamed = dict(each.split("=") for each in mapping[2].split(",")) if mapping else {}
+    unknown = renamed.keys() - {field.split("|")[0] for field in fields}
+    if unknown:
+        raise UserError(f"--data {source}: {', '.join(unknown)} is no field of this task; it has {', '.join(fields)}")
     path = Path(source)
     if path.suffix in (".csv", ".json", ".parquet", ".txt", ".zip"):
         raise UserError(f"--data {source} is a {path.suffix} file: convert it to .jsonl, one JSON object a line")

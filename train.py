@@ -282,6 +282,8 @@ def load_policies(config, device="cpu"):
     for agents in [[agent] for agent in mine] if config.weights == "separate" else [mine]:
         model, tokenizer = load_model(names[agents[0] % len(names)], device, config.temperature)
         adapters = [starts[agent] for agent in agents] if config.weights == "adapters" else None
+        keeps_copy = config.kl and not config.eval_only and not adapters
+        frozen = copy.deepcopy(model).requires_grad_(False) if keeps_copy else None
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
@@ -292,8 +294,8 @@ def load_policies(config, device="cpu"):
             state = torch.load(checkpoint / f"agent_{agents[0]}.pt", map_location="cpu", weights_only=True)
             policies[-1].load_masters(state["masters"])
         policies[-1].template = template_options(config)
-        if config.kl and not config.eval_only and not adapters:
-            frozen = copy.deepcopy(model).requires_grad_(False)
+        if frozen:
+            frozen.load_state_dict(model.state_dict())  # which a checkpoint may have changed
             policies[-1].reference = Policy(frozen, tokenizer, agents, config, dtype, train=False)
     return policies
 
