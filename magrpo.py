@@ -373,7 +373,8 @@ class Policy:
             self.masters = {a: [p.float().clone().requires_grad_() for p in some] for a, some in pieces.items()}
         for p in model.parameters() if dtype != torch.float32 else ():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
-        self.lr, self.warmup = cfg.lr or (6e-4 if adapters else 6e-5), cfg.warmup
+        self.lr = cfg.lr or (6e-4 if adapters else 6e-5)
+        self.warmup = cfg.warmup
         if train:
             groups = [{"params": masters, "steps": 0} for masters in self.masters.values()]
             self.optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.0, fused=True)
@@ -1108,7 +1109,8 @@ EVALUATION = 2**32  # takes the place of the step in random streams: no training
 
 def evaluate(policies, task, items, cfg, at_once=32):
     """A rollout on held-out items, eval_group answers each. Returns (turns of the first items, metrics)."""
-    metrics, first = Metrics(), []
+    metrics = Metrics()
+    first = []
     cfg = replace(cfg, group=cfg.eval_group, joint="aligned")
     mine = world.share(items)
     for i in range(0, len(mine), at_once):
@@ -1122,7 +1124,8 @@ def evaluate(policies, task, items, cfg, at_once=32):
 
 def checked_rewards(task, jobs):
     """The task's rewards of (item, history, texts) jobs, as dicts with numbers that a log can hold."""
-    rewards, kind = list(task.rewards(jobs)), type(task).__name__
+    rewards = list(task.rewards(jobs))
+    kind = type(task).__name__
     if len(rewards) != len(jobs):
         raise UserError(f"the task {kind} has {len(rewards)} rewards for {len(jobs)} joint actions")
     for i, reward in enumerate(rewards):

@@ -197,7 +197,8 @@ def extract_code(text: str, head: str = "def f():") -> str:
     if body:
         return f"{head}\n{body}"
     text = INDENTED_FENCE.sub(lambda block: textwrap.dedent(block[0]), textwrap.dedent(text)).strip()
-    kept, code, fenced, quoted, defined = [], False, False, False, False
+    kept = []
+    code = fenced = quoted = defined = False
     for line in text.split("\n"):
         if line and line[0] not in " \t" and not quoted:
             if line.startswith(("```", "~~~")):

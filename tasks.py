@@ -233,7 +233,8 @@ class Expert:
     Its key is read from the environment variable EXPERT_API_KEY, and is in no option, file or message.
     """
 
-    tries, longest = 3, 2000  # of a request; characters of the advice to an agent
+    tries = 3  # of each request
+    longest = 2000  # characters of the advice to an agent
 
     def __init__(self, url, model, timeout):
         self.key = os.environ.get("EXPERT_API_KEY", "").strip()
@@ -429,7 +430,8 @@ class Coding(Task):
 
     def first_prompts(self, item):
         """The problem, the role, and the first line of the answer: small models go on from what they read last."""
-        problem, entry = item["prompt"].strip(), item["entry_point"]
+        problem = item["prompt"].strip()
+        entry = item["entry_point"]
         parameters = parameters_of(item)
         helpers = [f"{name}({parameters})" for name in self.helpers]
         roles = [("Write only a helper function for this, which returns a value.", helper) for helper in helpers]
@@ -441,7 +443,8 @@ class Coding(Task):
 
     def diagnosis(self, item, turn, agent):
         """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
-        detail, entry = turn["reward"]["detail"], item["entry_point"]
+        detail = turn["reward"]["detail"]
+        entry = item["entry_point"]
         tests = detail["outcomes"][: self.visible_tests]
         runs = detail["entry"] and detail["error"] is None
         levels = {"structure": all(detail["helpers"]) and detail["entry"], "syntax": runs}

@@ -149,7 +149,8 @@ def saved_options(folder):
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not the config.json of a run: {first_line(error)}") from error
     for field in dataclasses.fields(Config):
-        value, choices = getattr(config, field.name), get_args(field.type)
+        value = getattr(config, field.name)
+        choices = get_args(field.type)
         kinds = (float, int) if field.type is float else field.type
         if value not in choices if choices else not isinstance(value, kinds):
             raise UserError(f"{path} has {value!r} for {field.name}")
@@ -268,7 +269,8 @@ def load_policies(config, device="cpu"):
     """The policies of this process: one for each of its agents, or a single one for all of them."""
     device = torch.device(device)
     names = [name.strip() for name in config.model.split(",")]
-    starts, checkpoint = [{}] * config.num_agents, None
+    starts = [{}] * config.num_agents
+    checkpoint = None
     if config.agents and not (Path(config.agents) / "agent_0").exists():
         names, checkpoint = interrupted_agents(config)
     elif config.agents:
@@ -363,7 +365,8 @@ def load_adapters(config, agents):
 
 def check_prompts(config, task, policies):
     """Fail before training, not in the middle of it, on a task, a chat template or items that cannot work."""
-    name, first = type(task).__name__, {}
+    name = type(task).__name__
+    first = {}
     for n, item in enumerate([*task.eval_items, *task.train_items]):
         where = getattr(item, "where", "an item")
         try:
@@ -384,7 +387,8 @@ def check_prompts(config, task, policies):
 
 def check_prompt(config, task, policy, agent, item, first):
     """Refuse a prompt that the tokenizer spoils. first: agent -> the first prompt that was seen, and its tokens."""
-    where, prompt = getattr(item, "where", "an item"), task.prompts(item, [])[agent]
+    where = getattr(item, "where", "an item")
+    prompt = task.prompts(item, [])[agent]
     try:
         ids, _ = fit_prompt(policy, task, agent, Node(item, 0), config)
     except UserError as error:
@@ -403,7 +407,7 @@ def check_prompt(config, task, policy, agent, item, first):
 def replacing(path):
     """Yield the path of a file or folder to write. When it is whole on the disk, it takes the place of an older one.
 
-    A kill leaves the older one, at the latest moment as NAME.old, and beside it at most what ends in .partial.
+    A kill leaves the older one in place or, in the very last moment, as NAME.old. It may also leave NAME.partial.
     """
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
     yield partial
@@ -494,7 +498,8 @@ def draw_curve(folder, maxima):
     """curve.png from metrics.jsonl: the reward and its parts over steps, held-out points marked."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps what it drew
 
-    lines, figure = read_lines(folder / "metrics.jsonl"), Figure(figsize=(8, 4.5))
+    lines = read_lines(folder / "metrics.jsonl")
+    figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
     for i, (part, best) in enumerate(maxima.items()):
         name = "reward" if part == "total" else f"reward/{part}"
@@ -682,10 +687,14 @@ def run(config):
 
 def train(config, task, policies):
     """Evaluate, train, evaluate; then save the agents, draw the curve, print the table."""
-    start, folder, caught = time.perf_counter(), Path(config.out), catch_signals()
+    start = time.perf_counter()
+    folder = Path(config.out)
+    caught = catch_signals()
     extra = {"fingerprint": fingerprint(task, policies)}
     checkpoint = load_checkpoint(config, policies, extra["fingerprint"]) if config.resume else {}
-    step, saved, saved_at = checkpoint.get("step", 0), checkpoint.get("step"), time.monotonic()
+    step = checkpoint.get("step", 0)
+    saved = checkpoint.get("step")  # the step of the newest checkpoint
+    saved_at = time.monotonic()
     extra |= {"before": checkpoint["before"]} if checkpoint else {}
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
@@ -694,7 +703,8 @@ def train(config, task, policies):
             )
         with replacing(folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-    log, after = Log(folder, config, step if checkpoint else -1), None
+    log = Log(folder, config, step if checkpoint else -1)
+    after = None
     try:
         if not checkpoint:
             extra["before"] = evaluate_task(config, task, policies)
@@ -708,7 +718,8 @@ def train(config, task, policies):
                     log.metrics(step, evaluate_task(config, task, policies)[0], "eval/")
                 due = time.monotonic() - saved_at > 600 if not config.save_every else step % config.save_every == 0
                 if world.gather(due)[0]:
-                    saved, saved_at = save_checkpoint(config, step, policies, extra), time.monotonic()
+                    saved = save_checkpoint(config, step, policies, extra)
+                    saved_at = time.monotonic()
         if step == config.steps:
             after = evaluate_task(config, task, policies)
             log.metrics(step, after[0], "eval/")
@@ -798,7 +809,8 @@ def catch_signals():
 
 def finish(config, task, policies, before, after):
     """Save the agents, draw the curve, print the table."""
-    folder, failed = Path(config.out), None
+    folder = Path(config.out)
+    failed = None
     for policy in policies if world.replica == 0 else ():
         for agent in policy.agents:
             try:
@@ -861,9 +873,8 @@ def main(argv=None):
             raise
         code, message = explained
         if several and (rank > 0 or code == 1):
-            time.sleep(
-                2
-            )  # the first process to exit makes torchrun kill the rest: let the most useful message be first
+            # The first process to exit makes torchrun kill the rest. Let the most useful message come first.
+            time.sleep(2)
         print(f"error: {f'rank {rank}: ' if several else ''}{message}", file=sys.stderr)
         return code
     finally:

@@ -75,7 +75,8 @@ def lock_in(keep: int, root: bool) -> None:
 def serve(line) -> None:
     """Read the job, then serve: "look" (parse the answer, say what is seen), "load", or the arguments of a call."""
     line.sendall(b"1" if os.path.samefile("/", ".") else b"0")
-    requests, loaded = line.makefile("rb"), False
+    requests = line.makefile("rb")
+    loaded = False
     job = json.loads(requests.readline())
     for request in map(json.loads, requests):
         try:
@@ -160,7 +161,7 @@ def calls_helper(node, helpers: set) -> bool:
 
 
 def targets(statement, helpers: set):
-    """What a statement that is no more than a call of a helper assigns its result to; None for other statements."""
+    """The places to which `x = aux(...)` or a bare `aux(...)` assigns its result; None for other statements."""
     if isinstance(statement, (ast.Expr, ast.Assign, ast.AnnAssign)) and calls_helper(statement.value, helpers):
         parts = ast.iter_child_nodes(statement)
         return [part for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)]
