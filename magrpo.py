@@ -29,6 +29,7 @@ tokens, C completion tokens, V vocabulary, D head dimension, Hkv key heads.
 
 import contextlib
 import copy
+import itertools
 import re
 import time
 import warnings
@@ -73,6 +74,7 @@ class Settings:
     clip_eps: float = 0.2  # lower clip bound of the ratio to the sampling policy: 1 - this
     clip_eps_high: float = 0.2  # upper clip bound: 1 + this
     kl: float = 0.0  # weight of the KL penalty, to a frozen copy of the initial policy; to the bare model with adapters
+    frozen: str = ""  # numbers of agents that do not learn, separated by commas
     normalize: Literal["sequence", "token", "constant"] = "sequence"  # what the loss is a mean over
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch: int = 16  # completions in one forward and backward pass; does not change the gradient
@@ -86,7 +88,10 @@ def train_step(policies, task, items, cfg, step):
     sampled = time.perf_counter()
     assign_credit(turns, cfg)
     for policy in policies:
-        groups = [node.groups[agent] for nodes in turns for node in nodes for agent in policy.agents]
+        learners = [agent for agent in policy.agents if str(agent) not in cfg.frozen.split(",")]
+        groups = []
+        for node in itertools.chain(*turns):
+            groups += [node.groups[agent] for agent in learners if agent in node.groups]
         update(policy, groups, len(items), cfg, metrics)
     metrics.add("update_s", time.perf_counter() - sampled)
     record_rollout(metrics, turns, sampled - start, len(items))
@@ -120,43 +125,49 @@ class Node:
     branch: int = 0  # number of the path from the root, unique among the nodes of a turn
     history: list = field(default_factory=list)  # {"texts": N texts, "reward": dict} of each earlier turn
     groups: dict = field(default_factory=dict)  # agent -> Group, of the agents that this process plays
-    texts: dict = field(default_factory=dict)  # agent -> G texts, of all agents
+    texts: dict = field(default_factory=dict)  # agent -> G texts, of all agents; None for one that is silent
+    pairing: torch.Tensor = None  # (K, N) table of joint_actions
     rewards: list = field(default_factory=list)  # K dicts: "total", and its parts
     children: dict = field(default_factory=dict)  # k -> the node that continues joint action k
     returns: torch.Tensor = None  # (K,) float64
 
-    def joint_texts(self, row):
-        """The N texts of a joint action, a row of the table of joint_actions."""
-        return [self.texts[agent][g] for agent, g in enumerate(row)]
+    def joint_texts(self, k):
+        """The N texts of joint action k."""
+        row = self.pairing[k].tolist()
+        return [self.texts[agent] and self.texts[agent][g] for agent, g in enumerate(row)]
 
 
 def rollout(policies, task, items, cfg, step):
     """Grow one tree for each (slot, item), one turn after the other. Returns the turns, lists of nodes."""
-    pairing = joint_actions(task.num_agents, cfg)
     nodes = [Node(item, slot) for slot, item in items]
     turns = []
     while nodes:
         for policy in policies:
             answer(policy, task, nodes, cfg, step)
         world.exchange_texts(nodes)
-        judge(task, nodes, pairing)
+        for node in nodes:
+            node.pairing = joint_actions(node.texts, cfg)
+        judge(task, nodes)
         turns.append(nodes)
         if len(turns) == cfg.turns:
             break
-        nodes = [child for node in nodes for child in continue_node(task, node, pairing, cfg)]
+        nodes = [child for node in nodes for child in continue_node(task, node, cfg)]
         if task.expert and step >= cfg.guided_from:
             ask_expert(task, nodes)
     return turns
 
 
-def joint_actions(num_agents, cfg):
+def joint_actions(texts, cfg):
     """(K, N) table: entry (k, i) is the completion that agent i contributes to joint action k.
 
-    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, from the same completions.
+    texts: agent -> its G texts, or None if it is silent.
+    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, from the same completions; a silent
+    agent is not combined with the others.
     """
     if cfg.joint == "aligned":
-        return torch.arange(cfg.group)[:, None].expand(cfg.group, num_agents)
-    return torch.cartesian_prod(*[torch.arange(cfg.group)] * num_agents).view(-1, num_agents)
+        return torch.arange(cfg.group)[:, None].expand(cfg.group, len(texts))
+    choices = [torch.arange(cfg.group if texts[agent] else 1) for agent in range(len(texts))]
+    return torch.cartesian_prod(*choices).view(-1, len(choices))
 
 
 def answer(policy, task, nodes, cfg, step):
@@ -169,30 +180,36 @@ def answer(policy, task, nodes, cfg, step):
             # processes and batches, and an item that comes twice in a step gets different answers.
             stream = (cfg.seed, step, turn, agent, node.slot, node.branch)
             prompt, dropped = fit_prompt(policy, task, agent, node, cfg)
-            node.groups[agent] = Group(agent, node.slot, turn, prompt, stream, dropped)
-            groups.append(node.groups[agent])
-    sample(policy, groups, cfg)
+            node.texts[agent] = None
+            if prompt is not None:  # else the agent is silent in this turn
+                node.groups[agent] = Group(agent, node.slot, turn, prompt, stream, dropped)
+                groups.append(node.groups[agent])
+    if groups:
+        sample(policy, groups, cfg)
     for node in nodes:
-        for agent in policy.agents:
+        for agent in node.groups.keys() & set(policy.agents):
             node.texts[agent] = policy.decode(node.groups[agent])
 
 
-def judge(task, nodes, pairing):
+def judge(task, nodes):
     """Give every joint action of every node its reward."""
-    jobs = [(node.item, node.history, node.joint_texts(row)) for node in nodes for row in pairing.tolist()]
-    rewards = world.divide(lambda share: checked_rewards(task, share), jobs)
-    for b, node in enumerate(nodes):
-        node.rewards = rewards[b * len(pairing) : (b + 1) * len(pairing)]
+    jobs = []
+    for node in nodes:
+        jobs += [(node.item, node.history, node.joint_texts(k)) for k in range(len(node.pairing))]
+    rewards = iter(world.divide(lambda share: checked_rewards(task, share), jobs))
+    for node in nodes:
+        node.rewards = [next(rewards) for _ in node.pairing]
 
 
-def continue_node(task, node, pairing, cfg):
+def continue_node(task, node, cfg):
     """The nodes of the next turn: a child for each joint action that is not done, unless the node is good enough."""
     if np.mean([reward["total"] for reward in node.rewards]) > cfg.stop_above:
         return []
-    for k, row in enumerate(pairing.tolist()):
-        history = [*node.history, {"texts": node.joint_texts(row), "reward": node.rewards[k]}]
+    most = cfg.group ** (len(node.texts) if cfg.joint == "crossed" else 1)  # joint actions of a node
+    for k, reward in enumerate(node.rewards):
+        history = [*node.history, {"texts": node.joint_texts(k), "reward": reward}]
         if not task.done(node.item, history):
-            node.children[k] = Node(node.item, node.slot, node.branch * len(pairing) + k, history)
+            node.children[k] = Node(node.item, node.slot, node.branch * most + k, history)
     return list(node.children.values())
 
 
@@ -204,7 +221,7 @@ def assign_credit(turns, cfg):
             for k, child in node.children.items():
                 # The mean return of the group that follows estimates what this joint action leads to.
                 node.returns[k] += cfg.discount * child.returns.mean()
-            advantages = group_advantages(node.returns, joint_actions(len(node.texts), cfg), cfg)
+            advantages = group_advantages(node.returns, node.pairing, cfg)
             for agent, group in node.groups.items():
                 group.advantage = advantages[agent]
 
@@ -609,10 +626,18 @@ def context_length(config):
 
 
 def fit_prompt(policy, task, agent, node, cfg):
-    """Token ids of an agent's prompt at a node, and how many of its oldest turns it had to leave out to fit."""
+    """Token ids of an agent's prompt at a node, and how many of its oldest turns it had to leave out to fit.
+
+    The ids are None if the task gives the agent no prompt: it is silent in this turn.
+    """
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
     for dropped in range(len(node.history) + 1):
-        ids = policy.encode(task.prompts(node.item, node.history[dropped:])[agent])
+        prompt = task.prompts(node.item, node.history[dropped:])[agent]
+        if prompt is None and dropped == 0:
+            return None, 0
+        if prompt is None:  # with a shorter history, another agent would speak
+            break
+        ids = policy.encode(prompt)
         if max(ids, default=0) >= vocabulary:
             raise UserError(f"the tokenizer's token {max(ids)} is outside the model's vocabulary of {vocabulary}")
         if len(ids) + cfg.max_new_tokens <= policy.context:

@@ -4,24 +4,27 @@ A task has train_items and eval_items, and these functions of an item (a dict of
 path through the tree, a list of {"texts": the N answers, "reward": the reward's parts} for each earlier turn. Where an
 expert was asked about a turn, "advice" has its N texts, or None if it failed.
 
-    prompts(item, history) -> N texts      reward(item, history, texts) -> {"total": ..., and its parts}
+    prompts(item, history) -> N texts      None in place of a text: this agent is silent, and its answer is None
+    reward(item, history, texts) -> {"total": ..., and its parts}
     done(item, history) -> bool
 
-`Task` supplies the rest. A new task is a class and, at the end of this file, an entry in TASKS. This one rewards two
-agents for naming the same word without seeing each other's answer:
+`Task` supplies the rest. A new task is a class, here or in a file of your own. In this one, two agents read the same
+text and are paid for naming the same word (`Schelling`, below, is a richer form of it). Run it with
+`python train.py --task my_task.py:SameWord`:
+
+    from tasks import Task
 
     class SameWord(Task):
         default_data, fields = "posts.jsonl", ("prompt",)
         maxima = {"total": 1.0}
+        defaults = {"prompts": 8, "group": 8, "max_new_tokens": 8}
 
         def first_prompts(self, item):
-            return ["Name the main topic of this text in one word.\n\n" + item["prompt"]] * self.num_agents
+            return [item["prompt"] + "\n\nThe topic of this text, in one word:"] * self.num_agents
 
         def reward(self, item, history, texts):
             words = [text.strip(" .").lower() for text in texts]
             return {"total": float(words[0] != "" and len(set(words)) == 1)}
-
-    TASKS["sameword"] = SameWord
 """
 
 import contextlib
@@ -39,10 +42,11 @@ from pathlib import Path
 from huggingface_hub import InferenceClient, constants
 
 from magrpo import UserError, first_line, world
-from rewards import CODE_MAX, TLDR_MAX, arxiv_reward, judge_many, parameters_of, tldr_reward
+from rewards import CODE_MAX, STOP_WORDS, TLDR_MAX, arxiv_reward, judge_many, parameters_of, tldr_reward
 from sandbox.judge import isolation, list_tests
 
 DATA = Path(__file__).parent / "data"
+PROTOCOLS = ("parallel", "sequential", "discussion")  # who reads whose answers, see Task.prompts
 FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents read between turns
 
 
@@ -148,18 +152,21 @@ class Task:
     fields = ()  # text fields that every item must have
     held_out = 32  # so many of the last items are for evaluation, but at most a quarter of all, and at least one
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
+    defaults = {}  # options of a sensible run of this task, by name, where they differ from those of all tasks
     agents_allowed = range(1, 100)
     feedback_allowed = ("plain", "level", "expert")
     revise = "Improve it. Reply with the new answer only."  # always the end of the feedback
 
-    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", visible_tests=1, **options):
+    def __init__(self, num_agents=2, data=None, feedback="plain", history="full", protocol="parallel", **options):
+        """options: of the run, by name; a task reads those that it knows."""
         if num_agents not in self.agents_allowed:
-            raise UserError(f"this task is for 1 to {max(self.agents_allowed)} agents, not {num_agents}")
+            fewest, most = min(self.agents_allowed), max(self.agents_allowed)
+            raise UserError(f"this task is for {fewest} to {most} agents, not {num_agents}")
         if feedback not in self.feedback_allowed:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
-        self.num_agents, self.feedback, self.history = num_agents, feedback, history
-        self.visible_tests = visible_tests
-        self.expert, self.skip_bad = options.get("expert"), options.get("skip_bad", False)
+        self.num_agents, self.feedback, self.history, self.protocol = num_agents, feedback, history, protocol
+        self.options = options
+        self.expert = options.get("expert")
         items = self.load(data)
         if len(items) < 2:
             raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
@@ -180,12 +187,40 @@ class Task:
         raise NotImplementedError
 
     def prompts(self, item, history):
-        """The N prompts of a turn: first_prompts, then the agent's earlier answers, each followed by its feedback."""
-        prompts = self.first_prompts(item)
-        for turn in history if self.history == "full" else history[-1:]:
-            for agent, text in enumerate(turn["texts"]):
-                prompts[agent] += f"\n\nYour previous answer:\n{text}\n\n{self.remark(item, turn, agent)}"
+        """The N prompts of a turn; None for an agent that is silent in it.
+
+        Every agent reads its first prompt, then its earlier answers, each followed by its feedback. The protocol says
+        what else. parallel, the paper's: nothing, no agent ever reads another one's answer. discussion: all answer in
+        every turn and, from the second one on, read the others' last answers. sequential: they take turns, agent 0
+        first, and each reads the others' last answers.
+        """
+        prompts = []
+        for agent, prompt in enumerate(self.first_prompts(item)):
+            if self.protocol == "sequential" and len(history) % self.num_agents != agent:
+                prompts.append(None)
+            elif self.protocol == "parallel":
+                prompts.append(prompt + self.own_answers(item, history, agent))
+            else:
+                # The others' answers come first: small models obey what they read last.
+                prompts.append(self.answers_of_others(history, agent) + prompt + self.own_answers(item, history, agent))
         return prompts
+
+    def own_answers(self, item, history, agent):
+        """What an agent has answered so far, as a part of its prompt, and what it is told about it."""
+        turns = [t for t, turn in enumerate(history) if turn["texts"][agent] is not None]
+        parts = []
+        for t in turns if self.history == "full" else turns[-1:]:
+            # An agent's sequential answer is judged together with those that follow it.
+            judged = t + self.num_agents - 1 if self.protocol == "sequential" else t
+            remark = self.remark(item, history[min(judged, len(history) - 1)], agent)
+            parts.append(f"\n\nYour previous answer:\n{history[t]['texts'][agent]}\n\n{remark}")
+        return "".join(parts)
+
+    def answers_of_others(self, history, agent):
+        """The last answer of every other agent that has given one, as a part of a prompt."""
+        last = standing_answers(history, [None] * self.num_agents)
+        others = [i for i in range(self.num_agents) if i != agent and last[i] is not None]
+        return "".join(f"Agent {i + 1} has answered:\n{last[i]}\n\n" for i in others)
 
     def remark(self, item, turn, agent):
         """What an agent reads about its answer in a turn. It depends only on item and turn."""
@@ -214,16 +249,38 @@ class Task:
         return self.expert.advise(questions, self.num_agents)
 
     def reward(self, item, history, texts):
-        """The joint reward of N answers: {"total": float, and its parts}."""
+        """The joint reward of N answers, None where an agent was silent: {"total": float, and its parts}."""
         raise NotImplementedError
 
     def rewards(self, jobs):
-        """The rewards of a whole turn, a list of (item, history, texts); a task may judge them in parallel."""
+        """The rewards of a whole turn, a list of (item, history, texts).
+
+        Where agents take turns (sequential), one that is silent stands by its last answer. Before all have answered
+        nothing is paid: the first answers earn their credit through the turns that follow.
+        """
+        if self.protocol != "sequential":
+            return self.reward_all(jobs)
+        jobs = [(item, history, standing_answers(history, texts)) for item, history, texts in jobs]
+        judged = iter(self.reward_all([job for job in jobs if None not in job[2]]))
+        return [{"total": 0.0} if None in texts else next(judged) for _, _, texts in jobs]
+
+    def reward_all(self, jobs):
+        """The reward of each (item, history, texts); a task may judge them in parallel."""
         return [self.reward(*job) for job in jobs]
 
     def done(self, item, history):
         """Whether the joint action that ends this history needs no further turn."""
         return history[-1]["reward"]["total"] >= self.maxima["total"]
+
+
+def standing_answers(history, texts):
+    """The N texts of a turn, and in place of None an agent's last answer before it, if it has given one."""
+    standing = list(texts)
+    for turn in reversed(history):
+        for agent, text in enumerate(turn["texts"]):
+            if standing[agent] is None:
+                standing[agent] = text
+    return standing
 
 
 # ---------------------------------------------------------------- guided learning
@@ -358,6 +415,7 @@ class Arxiv(TwoParts):
 
     default_data, fields = "abstracts.jsonl", ("abstract_text|abstract",)
     held_out = 16
+    defaults = {"max_new_tokens": 256}
     scores = staticmethod(arxiv_reward)
     parts = (
         "Above is the abstract of a paper. Write the first part of its introduction, one long paragraph on background "
@@ -365,6 +423,49 @@ class Arxiv(TwoParts):
         "Above is the abstract of a paper. Write the second part of its introduction, one long paragraph on method and "
         "implications. A colleague writes about background and motivation; do not repeat that.",
     )
+
+
+# ---------------------------------------------------------------- a coordination game
+class Schelling(Task):
+    """Name the same word of a text as the others, without seeing their answers (a focal point, after T. Schelling).
+
+    To name any word of the text pays 0.2; if all agents name the same one, it pays 0.8 more. So form alone earns 20 %
+    of the reward, and the rest has to be agreed on. With `views` "halves", each agent reads another part of the text,
+    and only a word that all of them have read counts.
+    """
+
+    default_data, fields = "posts.jsonl", ("prompt",)
+    maxima = {"total": 1.0, "named": 0.2, "agreement": 0.8}
+    defaults = {"weights": "adapters", "prompts": 8, "group": 8, "max_new_tokens": 12, "temperature": 1.0}
+    agents_allowed = range(2, 5)
+    length = 22  # words of the text
+
+    def first_prompts(self, item):
+        return [f"{view}\n\nThe most important word of this text is:" for view in self.views_of(item)]
+
+    def views_of(self, item):
+        """The text that each agent reads."""
+        words = item["prompt"].split()[: self.length]
+        if self.options.get("views") != "halves":
+            return [" ".join(words)] * self.num_agents
+        # Each reads two thirds. They begin at different words, and all have read the third in the middle.
+        third = len(words) // 3
+        starts = [third * agent // (self.num_agents - 1) for agent in range(self.num_agents)]
+        return [" ".join(words[start : start + 2 * third + 1]) for start in starts]
+
+    def reward(self, item, history, texts):
+        known = [set(content_words(view)) for view in self.views_of(item)]
+        shared = set.intersection(*known)
+        named = [next((word for word in content_words(text) if word in shared), None) for text in texts]
+        found = [word for word in named if word]
+        agree = len(found) == len(texts) and len(set(found)) == 1
+        parts = {"named": 0.2 * len(found) / len(texts), "agreement": 0.8 * agree}
+        return {"total": sum(parts.values()), **parts}
+
+
+def content_words(text):
+    """The words of four letters or more that are no stop words, in lower case and in order."""
+    return [word for word in re.findall(r"[^\W\d_]{4,}", text.lower()) if word not in STOP_WORDS]
 
 
 # ---------------------------------------------------------------- coding
@@ -376,6 +477,7 @@ class Coding(Task):
 
     fields = ("prompt", "entry_point", "test")
     maxima = CODE_MAX | {"pass@1": 1.0}
+    defaults = {"prompts": 2, "group": 8, "max_new_tokens": 128, "steps": 32}
     feedback_allowed = FEEDBACK
     revise = "Write it again, and better. Write only code."
 
@@ -414,7 +516,7 @@ class Coding(Task):
             if outcomes or not reward["detail"]["outcomes"]:
                 bad[item.where] = f"its own solution does not pass: {', '.join(sorted(outcomes)) or 'nothing runs'}"
         bad = world.gather(bad)[0]
-        if bad and not self.skip_bad:
+        if bad and not self.options.get("skip_bad"):
             where, problem = next(iter(bad.items()))
             raise UserError(f"{where}: {problem}; --skip-bad leaves out such problems ({len(bad)} of {len(items)})")
         if bad:
@@ -445,10 +547,11 @@ class Coding(Task):
         """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
         detail = turn["reward"]["detail"]
         entry = item["entry_point"]
-        tests = detail["outcomes"][: self.visible_tests]
+        visible = self.options.get("visible_tests", 1)
+        tests = detail["outcomes"][:visible]
         runs = detail["entry"] and detail["error"] is None
         levels = {"structure": all(detail["helpers"]) and detail["entry"], "syntax": runs}
-        if self.visible_tests:
+        if visible:
             levels["tests"] = runs and bool(tests) and all(test["outcome"] == "passed" for test in tests)
         if self.feedback == "passed":
             return "It passed." if all(levels.values()) else "It did not pass."
@@ -473,12 +576,12 @@ class Coding(Task):
             said.append("It throws away what a helper returns.")
         return " ".join(said)
 
-    def rewards(self, jobs):
+    def reward_all(self, jobs):
         judged = judge_many([(texts[:-1], texts[-1], item) for item, _, texts in jobs])
         return [reward | {"pass@1": float(reward["passed"] == 1)} for reward in judged]
 
     def reward(self, item, history, texts):
-        return self.rewards([(item, history, texts)])[0]
+        return self.reward_all([(item, history, texts)])[0]
 
 
 def as_humaneval(row):
@@ -505,4 +608,23 @@ def check_problem(item):
     return ""
 
 
-TASKS = {"writing": Writing, "arxiv": Arxiv, "coding": Coding}
+def find_task(name):
+    """The class of a task, by its name in TASKS or as FILE.py:CLASS."""
+    path, _, kind = name.rpartition(":")
+    if name in TASKS:
+        return TASKS[name]
+    if not path.endswith(".py"):
+        raise UserError(f"--task {name}: choose {', '.join(TASKS)}, or name a class of your own as FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        raise UserError(f"--task {name}: {type(error).__name__}: {first_line(error)}") from error
+    found = getattr(module, kind, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UserError(f"--task {name}: {path} has no class {kind} that is derived from tasks.Task")
+    return found
+
+
+TASKS = {"schelling": Schelling, "writing": Writing, "arxiv": Arxiv, "coding": Coding}

@@ -698,7 +698,12 @@ def test_two_turn_tree_crossed_by_hand():
     """The mode "crossed" was known to the pairing and not to the credit: children went to the wrong completions."""
     script = [[1, 2, 3, 0], [[1, 1, 1, 1], [0, 2, 4, 6], [8, 0, 0, 0]]]
     options = {"group": 2, "turns": 2, "joint": "crossed", "advantage": "mean"}
-    assert magrpo.joint_actions(2, settings(**options)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert magrpo.joint_actions(dict.fromkeys(range(2), "ab"), settings(**options)).tolist() == [
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+    ]
     first, second = grow(build_policies(), Toy(script=script), ["dog"], **options)
     assert list(first[0].children.values()) == second and list(first[0].children) == [0, 1, 3]
     assert second[1].history[0]["texts"] == [first[0].texts[0][0], first[0].texts[1][1]]

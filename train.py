@@ -43,8 +43,20 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
-from magrpo import Node, Policy, Settings, UserError, evaluate, first_line, fit_prompt, out_of_memory, train_step, world
-from tasks import FEEDBACK, TASKS, Expert
+from magrpo import (
+    Node,
+    Policy,
+    Settings,
+    UserError,
+    checked_rewards,
+    evaluate,
+    first_line,
+    fit_prompt,
+    out_of_memory,
+    train_step,
+    world,
+)
+from tasks import FEEDBACK, PROTOCOLS, TASKS, Expert, find_task
 
 
 # ---------------------------------------------------------------- options
@@ -53,10 +65,12 @@ class Config(Settings):
     """All options of a run. Each field here and in Settings is an option, and its comment is the option's help."""
 
     # task
-    task: Literal[tuple(TASKS)] = "writing"  # what the agents do
+    task: str = "writing"  # what the agents do: schelling, writing, arxiv, coding, or FILE.py:CLASS of your own
     data: str = ""  # FILE.jsonl, FILE.jsonl.gz or HUB/NAME[:CONFIG][:SPLIT], then [:FIELD=ITS_NAME_THERE,...]
     skip_bad: bool = False  # leave out problems whose own solution does not pass, instead of refusing the data
+    views: Literal["same", "halves"] = "same"  # schelling: agents read the same text, or parts that overlap
     # turns
+    protocol: Literal[PROTOCOLS] = "parallel"  # who reads the others' answers: nobody; the next agent; all, next turn
     feedback: Literal[FEEDBACK] = "plain"  # what agents read between turns
     history: Literal["full", "last"] = "full"  # which earlier turns a prompt includes
     visible_tests: int = 1  # how many tests of a coding problem feedback may show
@@ -76,7 +90,7 @@ class Config(Settings):
     layout: Literal["together", "apart"] = "together"  # of processes: each plays all agents, or each plays one agent
     out: str = ""  # folder of the run; default: runs/TASK, or runs/TASK-2, ... if that exists
     resume: str = ""  # continue the interrupted run in this folder; auto: continue the run in --out, or start one
-    eval_only: bool = False  # evaluate, do not train; with --agents, as in their run unless told otherwise
+    eval_only: bool = False  # evaluate, do not train; with --agents, as in their run; files only if --out is given
     eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
     show_every: int = 5  # print a joint episode every so many steps
     save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always when interrupted
@@ -88,8 +102,9 @@ class Config(Settings):
 SECTIONS = "task model rollout turns update run".split()  # of --help, most used first
 FREE_ON_RESUME = """resume steps save_every keep show_every eval_every log layout micro_batch checkpointing expert_url
     expert_timeout""".split()
-TAKEN_FROM_AGENTS = """task data skip_bad template num_agents turns feedback history visible_tests expert_url
-    expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount started""".split()
+TAKEN_FROM_AGENTS = """task data skip_bad views template num_agents protocol turns feedback history visible_tests
+    expert_url expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount
+    started""".split()
 MAY_BE_ZERO = "started lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches".split()
 UNBOUNDED = "started seed stop_above max_grad_norm clip_eps clip_eps_high".split()
 
@@ -115,9 +130,28 @@ def make_parser():
             kind = {"type": type(field.default), "choices": get_args(field.type) or None}
             if field.type is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
-            default = f" ({field.default})" if field.default != "" else ""
-            group.add_argument(flag(field.name), help=option[2] + default, **kind)
+            group.add_argument(flag(field.name), help=option[2] + defaults_of(field), **kind)
     return parser
+
+
+def defaults_of(field):
+    """What an option is if it is not given, for --help."""
+    values = [] if field.default == "" else [str(field.default)]
+    values += [f"{name} {task.defaults[field.name]}" for name, task in TASKS.items() if field.name in task.defaults]
+    return f" ({'; '.join(values)})" if values else ""
+
+
+def config_of(given):
+    """The given options and, for the others, the defaults of the task and of the protocol."""
+    defaults = dict(find_task(given.get("task", Config.task)).defaults)
+    num_agents = given.get("num_agents", defaults.get("num_agents", Config.num_agents))
+    protocol = given.get("protocol", defaults.get("protocol", Config.protocol))
+    if protocol != "parallel":
+        defaults["turns"] = num_agents if protocol == "sequential" else 2
+    try:
+        return Config(**defaults | given)
+    except TypeError as error:
+        raise UserError(f"the task {given['task']} has a wrong option in its defaults: {first_line(error)}") from error
 
 
 def parse_args(argv):
@@ -133,7 +167,7 @@ def parse_args(argv):
     elif given.get("eval_only") and given.get("agents"):
         config = evaluated_config(given)
     else:
-        config = Config(**given)
+        config = config_of(given)
     check_config(config)
     return config
 
@@ -174,16 +208,18 @@ def resumed_config(given):
 def evaluated_config(given):
     """The options of an evaluation of trained agents: those of their run, unless given."""
     if not (Path(given["agents"]) / "config.json").exists():
-        return Config(**given)  # agents that were copied may come without it
+        return config_of(given)  # agents that were copied may come without it
     saved = saved_options(given["agents"])
     if given.get("task", saved["task"]) != saved["task"]:
-        return Config(**given)
+        return config_of(given)
     taken = {name: saved[name] for name in TAKEN_FROM_AGENTS if name not in given}
+    if "protocol" in given:
+        taken.pop("turns", None)  # how many turns there are depends on it
     changed = {name: value for name, value in taken.items() if value != getattr(Config, name) and name != "started"}
     if changed and int(os.environ.get("RANK", 0)) == 0:
         said = " ".join(f"{flag(name)} {value}" for name, value in changed.items())
         print(f"with the options of {given['agents']}: {said}", flush=True)
-    return Config(**taken | given)
+    return config_of(taken | given)
 
 
 def check_config(config):
@@ -203,6 +239,14 @@ def check_config(config):
         raise UserError("--group 1 leaves nothing to compare: training needs --group 2 or more")
     if config.minibatches > config.prompts:
         raise UserError(f"--minibatches {config.minibatches} must not exceed --prompts {config.prompts}")
+    needed = {"parallel": 1, "sequential": config.num_agents, "discussion": 2}[config.protocol]
+    if config.turns < needed:
+        raise UserError(f"--protocol {config.protocol} needs --turns {needed} or more")
+    if config.protocol == "sequential" and config.feedback == "expert":
+        raise UserError("--feedback expert advises agents that answer together: choose another --protocol")
+    frozen = {int(agent) if agent.isdigit() else -1 for agent in config.frozen.split(",") if config.frozen}
+    if not frozen < set(range(config.num_agents)):
+        raise UserError(f"--frozen {config.frozen} must name some agents, not all, such as 1 or 0,2")
     if config.weights != "separate" and "," in config.model:
         raise UserError(f"--weights {config.weights} means one model; --model names several")
     if config.weights == "shared" and config.layout == "apart":
@@ -363,6 +407,24 @@ def load_adapters(config, agents):
     return list(models), starts
 
 
+def check_reward(task):
+    """Refuse a task whose reward does not work, on answers of one word. Returns a warning, or ""."""
+    name, item = type(task).__name__, task.train_items[0]
+    try:
+        prompts = task.prompts(item, [])
+        texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
+        reward = checked_rewards(task, [(item, [], texts)])[0]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the task {name} fails on its first item: {type(error).__name__}: {error}") from error
+    missing = [part for part in task.maxima if part not in reward]
+    if "total" not in task.maxima or missing:
+        raise UserError(f"the task {name}: maxima names {', '.join(task.maxima)}, its reward has {', '.join(reward)}")
+    above = [part for part, most in task.maxima.items() if reward[part] > most]
+    return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima" if above else ""
+
+
 def check_prompts(config, task, policies):
     """Fail before training, not in the middle of it, on a task, a chat template or items that cannot work."""
     name = type(task).__name__
@@ -373,24 +435,28 @@ def check_prompts(config, task, policies):
             prompts = task.prompts(item, [])
         except Exception as error:
             raise UserError(f"the task {name} makes no prompts of {where}: {type(error).__name__} {error}") from error
-        if not isinstance(prompts, list) or len(prompts) != task.num_agents:
+        kinds = {type(prompt) for prompt in prompts} if isinstance(prompts, list) else set()
+        if not kinds or len(prompts) != task.num_agents or kinds - {str, list, type(None)}:
             raise UserError(
                 f"the task {name} makes {prompts!r} for {task.num_agents} agents, not a list of as many texts"
             )
+        if kinds == {type(None)}:
+            raise UserError(f"the task {name} leaves all agents silent in the first turn of {where}")
         for policy in policies:
+            # Of a large training set only items with many bytes are tokenized: a text has hardly more tokens.
+            enough = policy.context - config.max_new_tokens - 256
             for agent in policy.agents:
-                # Of a large training set only items with many bytes are tokenized: a text has hardly more tokens.
-                enough = policy.context - config.max_new_tokens - 256
-                if n < len(task.eval_items) or n < 64 or len(str(prompts[agent]).encode()) > enough:
-                    check_prompt(config, task, policy, agent, item, first)
+                looked_at = n < len(task.eval_items) or n < 64 or len(str(prompts[agent]).encode()) > enough
+                if looked_at and prompts[agent] is not None:
+                    check_prompt(config, policy, agent, Node(item, 0), task, first)
 
 
-def check_prompt(config, task, policy, agent, item, first):
+def check_prompt(config, policy, agent, node, task, first):
     """Refuse a prompt that the tokenizer spoils. first: agent -> the first prompt that was seen, and its tokens."""
-    where = getattr(item, "where", "an item")
-    prompt = task.prompts(item, [])[agent]
+    where = getattr(node.item, "where", "an item")
+    prompt = task.prompts(node.item, [])[agent]
     try:
-        ids, _ = fit_prompt(policy, task, agent, Node(item, 0), config)
+        ids, _ = fit_prompt(policy, task, agent, node, config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:
@@ -481,8 +547,8 @@ class Log:
 
 def episode_of(task, node):
     """The first joint action of a node as a record: prompts, answers, reward."""
-    texts = [node.texts[agent][0] for agent in range(task.num_agents)]
-    return {"prompts": task.prompts(node.item, node.history), "texts": texts, "reward": node.rewards[0]}
+    prompts = task.prompts(node.item, node.history)
+    return {"prompts": prompts, "texts": node.joint_texts(0), "reward": node.rewards[0]}
 
 
 def show_episode(episode):
@@ -492,6 +558,15 @@ def show_episode(episode):
         text += f"--- prompt of agent {agent}\n{prompt}\n--- answer of agent {agent}\n{said}\n"
     parts = [f"{name} {x:.2f}" for name, x in episode["reward"].items() if isinstance(x, (int, float))]
     return f"{text}--- reward: {', '.join(parts)}"
+
+
+def start_log(config, step):
+    """Write config.json, and open the logs of a run after a step; -1: of a new run."""
+    folder = Path(config.out)
+    if world.rank == 0:
+        with replacing(folder / "config.json") as partial:
+            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
+    return Log(folder, config, step)
 
 
 def draw_curve(folder, maxima):
@@ -539,7 +614,9 @@ def print_table(columns, maxima):
 def fingerprint(task, policies):
     """A hash of what may not change when a run goes on: all items, each agent's first prompt, its stop tokens."""
     first = task.prompts(task.train_items[0], [])
-    tokens = {agent: [policy.encode(first[agent]), policy.stop_ids] for policy in policies for agent in policy.agents}
+    tokens = {}
+    for policy in policies:
+        tokens |= {agent: [policy.encode(first[agent] or ""), policy.stop_ids] for agent in policy.agents}
     tokens = sorted(pair for part in world.exchange(tokens) for pair in part.items())
     content = json.dumps([task.train_items, task.eval_items, tokens], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -620,7 +697,8 @@ def start_processes(config):
 def run_folder(config):
     """Make the folder of the run. An earlier run is never overwritten."""
     for n in itertools.count(1):
-        folder = Path(config.out or f"runs/{config.task}" + (f"-{n}" if n > 1 else ""))
+        name = config.task.rpartition(":")[2].lower()
+        folder = Path(config.out or f"runs/{name}" + (f"-{n}" if n > 1 else ""))
         try:
             folder.mkdir(parents=True, exist_ok=bool(config.out))
         except OSError as error:
@@ -636,7 +714,7 @@ def print_header(config, task, policies, device):
     sizes = {f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies}
     processes = f", {world.size} processes, {config.layout}" if world.size > 1 else ""
     graphs = ", sampling in CUDA graphs" if all(policy.graphs for policy in policies) else ""
-    files = "config.json metrics.jsonl samples.jsonl curve.png agent_*/"
+    files = "config.json metrics.jsonl samples.jsonl" + ("" if config.eval_only else " curve.png agent_*/")
     print(
         f"""\
 task    {config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out
@@ -645,7 +723,7 @@ model   {config.agents or config.model}, {" and ".join(sorted(sizes))} parameter
 device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}
 step    {config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens
 update  {config.epochs} x {config.minibatches or config.prompts} steps, lr {config.lr:g}, advantage {config.advantage}
-writes  {"nothing" if config.eval_only else f"{config.out}/ {files}"}""",
+writes  {f"{config.out}/ {files}" if config.out else "nothing"}""",
         flush=True,
     )
 
@@ -659,18 +737,19 @@ def run(config):
     expert = None
     if config.feedback == "expert":
         expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
-    names = "num_agents data feedback history visible_tests skip_bad"
+    names = "num_agents data skip_bad views protocol feedback history visible_tests"
     options = {name: getattr(config, name) for name in names.split()}
-    task = TASKS[config.task](**options, expert=expert)
+    task = find_task(config.task)(**options, expert=expert)
     warnings = [task.warning(), expert and world.rank == 0 and expert.warning()]
     if config.turns == 1 and config.feedback != "plain":
         warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
     policies = load_policies(config, device)
+    warnings.append(check_reward(task))
     check_prompts(config, task, policies)
     config.dtype = str(policies[0].dtype)[6:]  # what auto has become; it may differ on another machine
     config.lr = policies[0].lr
     world.barrier()  # when all processes have passed their checks, make the folder
-    if not config.eval_only:
+    if not config.eval_only or config.out:
         config.out = config.resume or world.gather(run_folder(config) if world.rank == 0 else None)[0]
     if world.rank == 0:
         print_header(config, task, policies, device)
@@ -680,6 +759,10 @@ def run(config):
         train(config, task, policies)
         return
     metrics, episode = evaluate_task(config, task, policies)
+    if world.rank == 0 and config.out:
+        log = start_log(config, -1)
+        log.metrics(0, metrics, "eval/")
+        log.append("samples", {"step": 0} | episode)
     if world.rank == 0:
         print(show_episode(episode))
         print_table({config.agents or "untrained": metrics}, task.maxima)
@@ -701,9 +784,7 @@ def train(config, task, policies):
             print(
                 f"resuming {folder} after step {step}" if checkpoint else f"no checkpoint in {folder} yet", flush=True
             )
-        with replacing(folder / "config.json") as partial:
-            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-    log = Log(folder, config, step if checkpoint else -1)
+    log = start_log(config, step if checkpoint else -1)
     after = None
     try:
         if not checkpoint:
@@ -747,7 +828,7 @@ def one_step(config, task, policies, step, log, bar):
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
     log.metrics(step, metrics)
-    lengths = "/".join(f"{metrics[f'length/agent_{agent}']:.0f}" for agent in range(config.num_agents))
+    lengths = "/".join(f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents))
     bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s")
     bar.update()
     if metrics["truncated"] == 1:
