@@ -6,7 +6,7 @@
 Every row reads the same problems and is evaluated on the same held-out items. The trained rows generate the same number
 of tokens in training, if all answers have their full length: a single agent may write as much as all agents together,
 and where an item has two turns, there are fewer steps. Options that this script does not know go to every run of
-train.py. Runs lie in --out. The same command goes on where it was stopped. It writes paper.csv and paper.png there.
+train.py. Runs lie in --out, and the same command goes on where it was stopped. It writes paper.csv and paper.png there.
 """
 
 import argparse
@@ -24,59 +24,75 @@ import train
 from magrpo import UserError
 from tasks import find_task
 
+# Row of the table -> the run that it comes from, and which evaluation of it: before the training or after it.
+ROWS = {
+    "single model": ("grpo", 0),
+    "naive parallel": ("magrpo", 0),
+    "sequential": ("sequential", 0),
+    "discussion": ("discussion", 0),
+    "GRPO, one agent": ("grpo", -1),
+    "GRPO, two turns": ("grpo2", -1),
+    "MAGRPO": ("magrpo", -1),
+    "MAGRPO, two turns": ("magrpo2", -1),
+}
 
-def rows_of(common):
-    """The options of train.py for each row of the table, by its name. common: those of all rows."""
+
+def options_of_runs(common):
+    """The options of train.py for each run, by its name. common: those of all runs."""
     config = train.parse_args(common)
     single = ["--num-agents", "1", "--max-new-tokens", str(config.num_agents * config.max_new_tokens)]
-    # With G answers at every node, an item of two turns has G + G * G joint actions.
+    # With G answers at every node, an item of two turns has G + G * G joint actions, where one turn has G.
     group = min(config.group, 4)
     one_turn = config.prompts * config.group
     items = max(1, round(one_turn / (group + group**2)))
     steps = max(1, round(config.steps * one_turn / (items * (group + group**2))))
-    # As many optimizer steps for an item as with one turn, where each of config.prompts items has its own.
+    # As many optimizer steps for each rollout as with one turn, where each of config.prompts items has its own.
     epochs = max(1, round(config.prompts / items))
-    turns = ["--turns", "2", "--feedback", "level"]
-    train_two = [*turns, "--prompts", str(items), "--group", str(group), "--steps", str(steps), "--epochs", str(epochs)]
+    two_turns = ["--turns", "2", "--feedback", "level", "--prompts", str(items), "--group", str(group)]
+    two_turns += ["--steps", str(steps), "--epochs", str(epochs)]
     return {
-        "single model": ["--eval-only", *single],
-        "naive parallel": ["--eval-only"],
+        "magrpo": [],
+        "grpo": single,
         "sequential": ["--eval-only", "--protocol", "sequential"],
         "discussion": ["--eval-only", "--protocol", "discussion"],
-        "GRPO, one agent": single,
-        "GRPO, two turns": [*single, *train_two],
-        "MAGRPO": [],
-        "MAGRPO, two turns": train_two,
+        "magrpo2": two_turns,
+        "grpo2": [*single, *two_turns],
     }
 
 
-def finished(folder):
-    """The metrics of a run's last evaluation, and its training tokens; None if the run has not ended."""
+def read_run(folder):
+    """(metrics of all evaluations, tokens generated in training) of a run; None if it has not ended."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return None
+    evaluations = [line for line in lines if "eval/reward" in line]
     last = 0 if config["eval_only"] else config["steps"]
-    found = [line for line in lines if line["step"] == last and "eval/reward" in line]
+    if not evaluations or evaluations[-1]["step"] < last:
+        return None
     tokens = sum(line["sample_tokens_per_s"] * line["rollout_s"] for line in lines if "rollout_s" in line)
-    return found[-1] | {"tokens": tokens} if found else None
+    return evaluations, tokens
 
 
-def measure(folder, options):
-    """Run train.py in a folder, or let it go on there. Returns what `finished` does."""
-    if not finished(folder):
-        auto = [] if "--eval-only" in options else ["--resume", "auto"]
-        if not auto and folder.exists():  # an evaluation that was stopped begins again
-            (folder / "config.json").unlink(missing_ok=True)
-        code = train.main([*options, *auto, "--out", str(folder)])
-        if code or not finished(folder):
-            sys.exit(code or f"stopped in {folder}; the same command goes on")
-    return finished(folder)
+def finish_run(folder, options):
+    """Run train.py in a folder, or let it go on there, unless it has ended. Returns what `read_run` does."""
+    if not read_run(folder):
+        if "--eval-only" in options:
+            for file in folder.glob("*.json*"):  # an evaluation that was stopped begins again
+                file.unlink()
+        else:
+            options = [*options, "--resume", "auto"]
+        code = train.main([*options, "--out", str(folder)])
+        if code:
+            sys.exit(code)
+        if not read_run(folder):
+            sys.exit(f"stopped in {folder}; the same command goes on")
+    return read_run(folder)
 
 
-def columns_of(metrics, maxima):
-    """The columns of the table, by name, of one run."""
+def columns_of(metrics, tokens, maxima):
+    """The columns of the table, by name, of one evaluation."""
     columns = {}
     for part, most in maxima.items():
         key = "eval/reward" if part == "total" else f"eval/reward/{part}"
@@ -84,8 +100,15 @@ def columns_of(metrics, maxima):
     lengths = [value for key, value in metrics.items() if key.startswith("eval/length/")]
     columns["tokens/s"] = metrics["eval/sample_tokens_per_s"]
     columns["seconds an answer"] = np.mean(lengths) / metrics["eval/sample_tokens_per_s"]
-    columns["training tokens"] = metrics["tokens"]
+    columns["training tokens, thousands"] = tokens / 1000
     return columns
+
+
+def show(values):
+    """Mean and spread, the standard deviation, over seeds, with three significant digits."""
+    mean, spread = np.mean(values), np.std(values)
+    digits = max(0, 2 - int(np.floor(np.log10(mean)))) if mean > 0 else 0
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def write(folder, table):
@@ -93,49 +116,52 @@ def write(folder, table):
     columns = list(next(iter(table.values())))
     lines = [["", *columns]]
     for row, values in table.items():
-        cells = [f"{np.mean(values[name]):.4g} ± {np.std(values[name]):.2g}" for name in columns]
-        lines.append([row, *cells])
+        lines.append([row, *[show(values[name]) for name in columns]])
     with open(folder / "paper.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
+    print()
     for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]:
         print(f"| {' | '.join(line)} |")
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
-    names = list(table)
-    returns = [values["return %"] for values in table.values()]
-    means = [np.mean(some) for some in returns]
-    axes.barh(names, means, xerr=[np.std(some) for some in returns], color="C0", alpha=0.7)
-    for place, some in enumerate(returns):
-        axes.plot(some, [place] * len(some), "k.", markersize=4)
+    for place, (row, values) in enumerate(table.items()):
+        returns = values["return %"]
+        axes.barh(row, np.mean(returns), xerr=np.std(returns), color="C0" if row[0].islower() else "C1", alpha=0.7)
+        axes.plot(returns, [place] * len(returns), "k.", markersize=4)
     axes.invert_yaxis()
-    axes.set(xlabel="held-out return, % of its maximum (bar: mean; points: seeds)", xlim=(0, None))
+    axes.set_xlabel("held-out return in % of its maximum; blue: untrained; points: seeds")
     figure.savefig(folder / "paper.png", dpi=120, bbox_inches="tight")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--task", default="writing")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="folder of all runs (default: runs/paper-TASK)")
-    parser.add_argument("--rows", help="only these rows, separated by semicolons")
+    parser.add_argument("--task", default="writing", help="of train.py (writing)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser.add_argument("--out", type=Path, help="folder of all runs (runs/paper-TASK)")
+    parser.add_argument("--rows", default="; ".join(ROWS), help="only some rows, separated by semicolons")
     args, others = parser.parse_known_args()
     common = ["--task", args.task, *others]
     try:
-        rows = rows_of(common)
+        runs = options_of_runs(common)
         maxima = find_task(args.task).maxima
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    rows = {row: source for row, source in ROWS.items() if row in args.rows.split("; ")}
     folder = args.out or Path("runs") / f"paper-{args.task.rpartition(':')[2].lower()}"
-    chosen = args.rows.split(";") if args.rows else list(rows)
-    table = {row: {} for row in rows if row in chosen}
+    needed = [name for name in runs if name in {run for run, _ in rows.values()}]
+    table = {row: {} for row in rows}
     for seed in range(args.seeds):
-        for n, row in enumerate(table):
-            print(f"\n=== seed {seed}, run {n + 1} of {len(table)}: {row}", flush=True)
-            place = folder / f"{row.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}"
-            metrics = measure(place, [*common, *rows[row], "--seed", str(seed)])
-            for name, value in columns_of(metrics, maxima).items():
-                table[row].setdefault(name, []).append(float(value))
+        found = {}
+        for n, name in enumerate(needed, 1):
+            print(f"\n=== seed {seed} of 0 to {args.seeds - 1}, run {n} of {len(needed)}: {name}", flush=True)
+            options = [*common, *runs[name], "--seed", str(seed)]
+            found[name] = finish_run(folder / f"{name}-seed{seed}", options)
+        for row, (name, which) in rows.items():
+            evaluations, tokens = found[name]
+            columns = columns_of(evaluations[which], tokens if which else 0, maxima)
+            for column, value in columns.items():
+                table[row].setdefault(column, []).append(float(value))
         write(folder, table)
 
 
