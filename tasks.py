@@ -540,7 +540,9 @@ class Coding(Task):
         if self.num_agents == 1:
             roles = [("Write a helper function for this, and then this function, which may call it.", helpers[0])]
         else:
-            roles.append((f"Write this function. It may call {', '.join(helpers)}.", f"{entry}({parameters})"))
+            others = "a colleague writes" if len(helpers) == 1 else "colleagues write"
+            role = f"Write this function. Let it call {', '.join(helpers)}, which {others}; do not define it yourself."
+            roles.append((role, f"{entry}({parameters})"))
         return [f"{problem}\n\n{role} Write only code. Start with:\ndef {start}:" for role, start in roles]
 
     def diagnosis(self, item, turn, agent):

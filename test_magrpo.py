@@ -992,14 +992,13 @@ def test_one_agents_parts_are_parted_by_an_empty_line_and_earn_what_two_agents_d
     assert single.reward({}, [], [first + second])["total"] == 0
 
 
-def test_example_task_of_the_docstring_trains(monkeypatch):
+def test_example_task_of_the_docstring_trains(tmp_path):
     """The example in the documentation had not been run since the interface changed."""
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    example = re.search(r"^    class \w+\(Task\).*?^    TASKS\[.*?$", tasks.__doc__, re.MULTILINE | re.DOTALL)[0]
+    example = re.search(r"^    from tasks import Task.*", tasks.__doc__, re.MULTILINE | re.DOTALL)[0]
     assert len(example.splitlines()) <= 15
-    exec(textwrap.dedent(example), {"Task": tasks.Task, "TASKS": tasks.TASKS})
-    task = list(tasks.TASKS.values())[-1](2)
-    _, metrics = step(build_policies(lr=1e-3), task, task.train_items[:2], group=32, max_new_tokens=1)
+    (tmp_path / "my_task.py").write_text(textwrap.dedent(example))
+    task = tasks.find_task(f"{tmp_path}/my_task.py:SameWord")(2)
+    _, metrics = step(build_policies(lr=1e-3), task, task.train_items[:8], group=32, max_new_tokens=1)
     assert 0 < metrics["reward"] < 1 and metrics["grad_norm/agent_0"] > 0
 
 
@@ -1149,6 +1148,140 @@ def test_passed_and_level_passed_say_no_more():
             task = tasks.TASKS["coding"](2, feedback=feedback)
             history = [{"texts": [aux, main], "reward": task.reward(item, [], [aux, main])}]
             assert all(words in prompt for prompt in task.prompts(item, history)), (words, task.prompts(item, history))
+
+
+# ---------------------------------------------------------------- agents that are silent or read each other
+
+
+class Relay(Toy):
+    """Agent 1 is silent in the first turn, agent 0 in the second."""
+
+    def prompts(self, item, history):
+        prompts = super().prompts(item, [])
+        prompts[1 - len(history) % 2] = None
+        return prompts
+
+
+@pytest.mark.parametrize("joint", ["aligned", "crossed"])
+def test_a_silent_agent_has_no_text_and_no_gradient(joint):
+    """With crossed joint actions, G answers that were not given made G times as many joint actions."""
+    policies = build_policies(lr=1e-2)
+    before = [weights_of(policy.model).clone() for policy in policies]
+    seen = []
+    task = Relay(lambda texts: seen.append(texts) or len(texts[0] or "") % 7)
+    turns, metrics = step(policies, task, ITEMS[:2], group=3, joint=joint)
+    assert len(seen) == 2 * 3 and all(texts[1] is None for texts in seen)
+    for node in turns[0]:
+        assert (node.groups.keys(), node.texts[1], len(node.rewards)) == ({0}, None, 3)
+    assert not torch.equal(weights_of(policies[0].model), before[0])
+    assert torch.equal(weights_of(policies[1].model), before[1])
+    assert "length/agent_1" not in metrics and metrics["length/agent_0"] > 0
+
+
+@pytest.mark.parametrize("joint", ["aligned", "crossed"])
+def test_who_speaks_first_earns_what_the_answers_to_it_earn(joint):
+    """A silent agent's place in the table of joint actions must not change the credit of the others."""
+    script = [[0, 0], [[1, 3], [5, 7]]]
+    turns = grow(build_policies(), Relay(script=script), ["dog"], group=2, turns=2, joint=joint, discount=1.0)
+    first, *second = turns[0] + turns[1]
+    assert first.returns.tolist() == [2, 6] and first.groups[0].advantage.tolist() == [-1, 1]
+    for k, node in enumerate(second):
+        assert node.history[0]["texts"] == [first.texts[0][k], None]
+        assert node.groups.keys() == {1} and node.groups[1].advantage.tolist() == [-1, 1]
+
+
+def test_the_protocol_says_who_reads_whom():
+    """An agent that reads its own answer as that of another one learns to repeat itself."""
+
+    def read(protocol, history):
+        """The answers that each agent reads, None if it is silent."""
+        prompts = Repeat(3, protocol=protocol).prompts({}, history)
+        return [prompt and re.findall(r"text\d\d", prompt) for prompt in prompts]
+
+    def turn(t, agents):
+        return {"texts": [f"text{t}{agent}" if agent in agents else None for agent in range(3)], "reward": {"total": 0}}
+
+    everyone = [turn(0, range(3)), turn(1, range(3))]
+    assert read("parallel", everyone) == [["text00", "text10"], ["text01", "text11"], ["text02", "text12"]]
+    assert read("discussion", everyone[:1]) == [
+        ["text01", "text02", "text00"],
+        ["text00", "text02", "text01"],
+        ["text00", "text01", "text02"],
+    ]
+    assert read("discussion", everyone)[0] == ["text11", "text12", "text00", "text10"]
+    sequence = [turn(0, [0]), turn(1, [1]), turn(2, [2])]
+    assert read("sequential", []) == [[], None, None]
+    assert read("sequential", sequence[:1]) == [None, ["text00"], None]
+    assert read("sequential", sequence[:2]) == [None, None, ["text00", "text11"]]
+    assert read("sequential", sequence) == [["text11", "text22", "text00"], None, None]
+
+
+def test_a_sequence_is_rewarded_when_all_have_answered():
+    """The last answer of an agent counts until it answers again."""
+    task, texts = Repeat(2, protocol="sequential"), []
+    task.reward = lambda item, history, said: texts.append(said) or {"total": 1.0}
+    history = [{"texts": ["old", None], "reward": {"total": 0.0}}]
+    assert task.rewards([({}, [], ["old", None])]) == [{"total": 0.0}] and not texts
+    assert task.rewards([({}, history, [None, "answer"])]) == [{"total": 1.0}]
+    task.rewards([({}, [*history, {"texts": [None, "answer"], "reward": {"total": 1.0}}], ["new", None])])
+    assert texts == [["old", "answer"], ["new", "answer"]]
+
+
+def test_feedback_on_a_sequential_answer_is_about_the_joint_one():
+    """The first agent's own turn has no reward yet: it would read that it was rated 0 of 1, or fall over."""
+    task = tasks.TASKS["writing"](2, feedback="level", protocol="sequential")
+    first = {"texts": ["short", None], "reward": {"total": 0.0}}
+    second = {"texts": [None, "long"], "reward": tasks.tldr_reward("short " * 9, "long and however " * 9)}
+    prompt = task.prompts(task.train_items[0], [first, second])[0]
+    assert f"total {second['reward']['total']:.2f} of 3.00" in prompt and "structure 0.50" in prompt
+
+
+@pytest.mark.parametrize("weights", ["separate", "adapters"])
+def test_a_frozen_agent_plays_and_does_not_learn(weights):
+    """Without gradient, Adam's momentum must not move it either."""
+    policies = build_policies(lr=1e-2) if weights == "separate" else [build_adapters()]
+    for number in (1, 2):
+        before = [torch.cat([p.detach().flatten().clone() for p in masters_of_agent(policies, i)]) for i in (0, 1)]
+        _, metrics = step(policies, number=number, frozen="" if number == 1 else "1")
+        after = [torch.cat([p.detach().flatten() for p in masters_of_agent(policies, i)]) for i in (0, 1)]
+        assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) == (number == 2)
+    assert metrics["length/agent_1"] > 0 and "grad_norm/agent_1" not in metrics
+
+
+def masters_of_agent(policies, agent):
+    return next(policy.masters[agent] for policy in policies if agent in policy.masters)
+
+
+def test_the_game_pays_for_the_same_word_of_the_text_only():
+    """Agents that agree on a word of their own, or on a stop word, have not named a word of the text."""
+    item = {"prompt": "Nobody told the old gardener about the river that floods"}
+    task = tasks.TASKS["schelling"](2)
+    paid = {
+        ("Gardener!", "the gardener"): 1.0,
+        ("the river", "about that river floods"): 1.0,
+        ("gardener", "river"): 0.2,
+        ("gardener", "tulips"): 0.1,
+        ("tulips", "tulips"): 0.0,
+        ("about", "about"): 0.0,
+        ("old", "old"): 0.0,
+        ("", ""): 0.0,
+        ("gardeners", "gardener"): 0.1,
+    }
+    for texts, total in paid.items():
+        reward = task.reward(item, [], list(texts))
+        assert reward["total"] == pytest.approx(total) == reward["named"] + reward["agreement"], texts
+
+
+@pytest.mark.parametrize("agents", [2, 3, 4])
+def test_halves_of_the_game_share_only_what_all_have_read(agents):
+    """A word that one of the agents cannot have read paid all of them."""
+    task = tasks.TASKS["schelling"](agents, views="halves")
+    item = {"prompt": " ".join(f"word{'abcdefghijklmnopqrstuvwxyz'[i]}" for i in range(26))}
+    views = [set(prompt.split("\n")[0].split()) for prompt in task.first_prompts(item)]
+    shared = set.intersection(*views)
+    assert shared and all(view - shared for view in views) and len(set(map(tuple, map(sorted, views)))) == agents
+    for word in set.union(*views):
+        assert (task.reward(item, [], [word] * agents)["total"] == pytest.approx(1)) == (word in shared)
 
 
 # ---------------------------------------------------------------- guided learning
@@ -1597,6 +1730,133 @@ def test_help_names_every_option_in_groups(capsys):
     assert stop.value.code == 0 and places == sorted(places)
     assert all(f"  --{name.replace('_', '-')}" in text for name in vars(train.Config()))
     assert train.parse_args([]) == train.Config()
+
+
+MY_TASK = """
+from tasks import Task
+
+class Couplet(Task):
+    default_data, fields, maxima = "posts.jsonl", ("prompt",), {"total": 2.0, "rhyme": 1.0}
+    defaults = {"group": 2, "max_new_tokens": 4}
+
+    def first_prompts(self, item):
+        return ["dog", "cat"]
+
+    def reward(self, item, history, texts):
+        return {"total": 1.0, "rhyme": 0.5}
+
+class Silent(Couplet):
+    def prompts(self, item, history):
+        return ["dog", None]
+
+class Mute(Couplet):
+    def prompts(self, item, history):
+        return [None, None]
+
+class Numbers(Couplet):
+    def prompts(self, item, history):
+        return [1, 2]
+
+class Three(Couplet):
+    def first_prompts(self, item):
+        return ["dog"] * 3
+
+class Typo(Couplet):
+    defaults = {"gruop": 2}
+
+class NoTotal(Couplet):
+    def reward(self, item, history, texts):
+        return {"rhyme": 0.5}
+
+class NoPart(Couplet):
+    def reward(self, item, history, texts):
+        return {"total": 0.5}
+
+class Raising(Couplet):
+    def reward(self, item, history, texts):
+        return {"total": item["answer"]}
+
+class Rich(Couplet):
+    def reward(self, item, history, texts):
+        return {"total": 3.0, "rhyme": 0.5}
+
+Other = 5
+"""
+
+
+@pytest.mark.parametrize(("name", "message"), {
+    "my_task.py:Mute": "Mute leaves all agents silent",
+    "my_task.py:Numbers": "Numbers makes [1, 2]",
+    "my_task.py:Three": "Three makes ['dog', 'dog', 'dog']",
+    "my_task.py:Typo": "gruop",
+    "my_task.py:NoTotal": "NoTotal",
+    "my_task.py:NoPart": "NoPart: maxima names total, rhyme, its reward has total",
+    "my_task.py:Raising": "Raising fails on its first item: KeyError: 'answer'",
+    "my_task.py:Other": "no class Other",
+    "my_task.py:Missing": "no class Missing",
+    "my_task.py": "FILE.py:CLASS",
+    "broken.py:Couplet": "SyntaxError",
+    "nowhere.py:Couplet": "No such file",
+    "poetry": "choose schelling, writing",
+}.items())  # fmt: skip
+def test_a_task_that_cannot_work_is_refused_in_one_line(files, tmp_path, capsys, name, message):
+    """A fork's mistake showed after the first evaluation, as a traceback."""
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    (tmp_path / "broken.py").write_text("class Couplet(\n")
+    name = f"{tmp_path}/{name}" if ".py" in name else name
+    assert train.main(arguments(files, tmp_path / "out", f"--task={name}")) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys):
+    """Its defaults were taken for given options on the command line, which have to win."""
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    given = ["--model", files["llama"], "--data", files["posts"], "--steps=1", "--prompts=2", "--max-new-tokens=3"]
+    for name in ("Couplet", "Silent", "Rich"):
+        out = tmp_path / name
+        assert train.main([f"--task={tmp_path}/my_task.py:{name}", *given, f"--out={out}"]) == 0
+        config = json.loads((out / "config.json").read_text())
+        assert (config["group"], config["max_new_tokens"]) == (2, 3)
+        assert ("above its maximum" in capsys.readouterr().out) == (name == "Rich")
+        metrics = train.read_lines(out / "metrics.jsonl")[-1]
+        assert ("eval/length/agent_1" in metrics) == (name != "Silent")
+
+
+def test_tasks_and_protocols_bring_defaults_and_given_options_win():
+    game = train.parse_args(["--task=schelling", "--group=5"])
+    assert (game.weights, game.group, game.max_new_tokens) == (
+        "adapters",
+        5,
+        tasks.Schelling.defaults["max_new_tokens"],
+    )
+    assert train.parse_args([]).turns == 1
+    assert train.parse_args(["--protocol=discussion"]).turns == 2
+    assert train.parse_args(["--protocol=sequential", "--task=coding", "--num-agents=3"]).turns == 3
+    assert train.parse_args(["--protocol=discussion", "--turns=4"]).turns == 4
+
+
+@pytest.mark.parametrize(("given", "message"), {
+    "--protocol=sequential --turns=1": "--turns 2 or more",
+    "--protocol=discussion --turns=1": "--turns 2 or more",
+    "--frozen=2": "--frozen 2",
+    "--frozen=0,1": "--frozen 0,1",
+    "--frozen=one": "--frozen one",
+}.items())  # fmt: skip
+def test_protocols_and_frozen_agents_that_cannot_work_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        train.parse_args(given.split())
+
+
+def test_an_evaluation_with_a_folder_leaves_its_metrics_there(files, tmp_path):
+    """Two protocols could be compared by eye only."""
+    for protocol in ("sequential", "discussion"):
+        out = tmp_path / protocol
+        assert train.main(arguments(files, out, "--eval-only", f"--protocol={protocol}")) == 0
+        (line,) = train.read_lines(out / "metrics.jsonl")
+        nodes = {"sequential": (3, 6), "discussion": (3, 6)}[protocol]
+        assert (line["eval/nodes/turn_0"], line["eval/nodes/turn_1"]) == nodes and "eval/reward" in line
+        assert len(train.read_lines(out / "samples.jsonl")) == 1 and (out / "config.json").exists()
 
 
 # ---------------------------------------------------------------- several processes, interrupted runs
