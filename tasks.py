@@ -535,15 +535,16 @@ class Coding(Task):
         problem = item["prompt"].strip()
         entry = item["entry_point"]
         parameters = parameters_of(item)
-        helpers = [f"{name}({parameters})" for name in self.helpers]
-        roles = [("Write only a helper function for this, which returns a value.", helper) for helper in helpers]
+        heads = [f"def {name}({parameters}):" for name in self.helpers]
         if self.num_agents == 1:
-            roles = [("Write a helper function for this, and then this function, which may call it.", helpers[0])]
-        else:
-            others = "a colleague writes" if len(helpers) == 1 else "colleagues write"
-            role = f"Write this function. Let it call {', '.join(helpers)}, which {others}; do not define it yourself."
-            roles.append((role, f"{entry}({parameters})"))
-        return [f"{problem}\n\n{role} Write only code. Start with:\ndef {start}:" for role, start in roles]
+            role = "Write a helper function for this, and then this function, which may call it. Write only code."
+            return [f"{problem}\n\n{role} Start with:\n{heads[0]}"]
+        role = "Write only a helper function for this, which returns a value. Write only code."
+        prompts = [f"{problem}\n\n{role} Start with:\n{head}" for head in heads]
+        # The helpers are shown as if they were there. A model that only reads that it may call them writes all itself.
+        stubs = "\n\n".join(f"{head}\n    ...  # a colleague writes this helper" for head in heads)
+        role = f"Write only the function {entry}, without a docstring. Use the result of {', '.join(self.helpers)}."
+        return [*prompts, f"{stubs}\n\n{problem}\n\n{role} Start with:\ndef {entry}({parameters}):"]
 
     def diagnosis(self, item, turn, agent):
         """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
