@@ -1899,6 +1899,8 @@ RANKS = {
     "adapters": (1, ["--weights=adapters"]),
     "adapters together 2": (2, ["--weights=adapters"]),
     "adapters apart 2": (2, ["--weights=adapters", "--layout=apart"]),
+    "sequence": (1, ["--protocol=sequential"]),
+    "sequence apart 2": (2, ["--protocol=sequential", "--layout=apart"]),
 }
 
 
@@ -1948,7 +1950,8 @@ def assert_same_run(out, other):
 @pytest.mark.parametrize("name", RANKS)
 def test_processes_and_layouts_compute_the_same(ranks_runs, name):
     """Each process averaged over its own items; one without items hung the others."""
-    out, one = ranks_runs[name], ranks_runs["adapters" if "adapters" in name else "one"]
+    base = next(base for base in ("adapters", "sequence", "one") if base in name or base == "one")
+    out, one = ranks_runs[name], ranks_runs[base]
     assert (out / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
     assert_same_run(out, one)
 
