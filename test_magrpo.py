@@ -2545,3 +2545,49 @@ def test_judging_from_many_threads_keeps_order_and_signals():
     passed = [round(result["passed"] * 7) for result in rewards.judge_many([(AUX, main, item) for main in mains])]
     assert passed == [i % 7 + 1 for i in range(14)]
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM, signal.SIGCHLD)]
+
+
+# ---------------------------------------------------------------- reports and comparisons of runs
+
+
+def main_of(name, monkeypatch):
+    """The main function of a script in benchmarks/."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(name).main
+
+
+DAMAGE = {
+    "no folder": lambda run: shutil.rmtree(run),
+    "no options": lambda run: (run / "config.json").unlink(),
+    "half the options": lambda run: (run / "config.json").write_text('{"task": '),
+    "nothing yet": lambda run: (run / "metrics.jsonl").unlink(),
+    "other lines": lambda run: (run / "metrics.jsonl").write_text('{"a": 1}\n'),
+}
+
+
+@pytest.mark.parametrize("script", ["compare"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_no_run_costs_a_script_one_line(short_run, tmp_path, monkeypatch, capsys, script, damage):
+    """Who mistypes a folder needs its name, not a traceback."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    DAMAGE[damage](out)
+    with pytest.raises(SystemExit) as ended:
+        main_of(script, monkeypatch)([str(out)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and str(out) in line
+
+
+def test_runs_that_differ_in_their_seed_are_compared_as_one(short_run, tmp_path, monkeypatch, capsys):
+    """Curves of single seeds were compared, although the next seed would have reversed their order."""
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((short_run / "config.json").read_text())
+    for name, changed in {"a": {"seed": 1}, "b": {"seed": 2, "started": 5.0}, "c": {"seed": 1, "kl": 0.5}}.items():
+        shutil.copytree(short_run, name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changed | {"out": name}))
+    compare = main_of("compare", monkeypatch)
+    compare(["a/metrics.jsonl", "b/metrics.jsonl"])
+    assert not Path("compare.png").exists() and "group" not in capsys.readouterr().out
+    compare(["a", "b", "c"])
+    printed = capsys.readouterr().out
+    assert "| group | runs | kl |\n| --- | --- | --- |\n| 1 | a, b | 0.0 |\n| 2 | c | 0.5 |\n" in printed
+    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
