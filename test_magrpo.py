@@ -23,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -2556,6 +2557,37 @@ def main_of(name, monkeypatch):
     return importlib.import_module(name).main
 
 
+class Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, [name for name, _ in attributes]))
+
+
+def test_a_report_shows_what_was_said_and_runs_none_of_it(short_run, tmp_path, monkeypatch):
+    """Model output is hostile: a page that is opened from a disk may read what else is there."""
+    pages = []
+    for said in ("calm", "</p></pre><script src='//evil'></script><img src=x onerror=alert(1)>"):
+        out = shutil.copytree(short_run, tmp_path / f"run{len(pages)}")
+        turn = {"texts": [said, None], "reward": {"total": 0.5, "detail": {said: said}}}
+        last = turn | {"step": 2, "prompts": [None, said], "texts": [None, said], "earlier": [turn]}
+        with open(out / "samples.jsonl", "a") as file:
+            for when in ("before", "after"):
+                file.write(json.dumps(last | {"when": when}) + "\n")
+            file.write('{"step": 3, "prompts": ["half a li')
+        main_of("report", monkeypatch)([str(out)])
+        pages.append((out / "report.html").read_text(encoding="utf-8"))
+    calm, hostile = pages
+    assert Tags(hostile).found == Tags(calm).found
+    assert hostile.count("&lt;script src=") == calm.count("calm") == 2 * 8, "2 texts, a prompt and its end, 4 in detail"
+    assert calm.count(">silent<") == 2 * 2
+    places = [calm.index(text) for text in ("before training", "turn 2 of 2", "after training", "<h3>step 1<")]
+    assert places == sorted(places)
+
+
 DAMAGE = {
     "no folder": lambda run: shutil.rmtree(run),
     "no options": lambda run: (run / "config.json").unlink(),
@@ -2565,7 +2597,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("script", ["compare"])
+@pytest.mark.parametrize("script", ["report", "compare"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_no_run_costs_a_script_one_line(short_run, tmp_path, monkeypatch, capsys, script, damage):
     """Who mistypes a folder needs its name, not a traceback."""
