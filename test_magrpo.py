@@ -23,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -2813,3 +2814,80 @@ def test_judging_from_many_threads_keeps_order_and_signals():
     passed = [round(result["passed"] * 7) for result in rewards.judge_many([(AUX, main, item) for main in mains])]
     assert passed == [i % 7 + 1 for i in range(14)]
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM, signal.SIGCHLD)]
+
+
+# ---------------------------------------------------------------- reports and comparisons of runs
+
+
+def main_of(name, monkeypatch):
+    """The main function of a script in benchmarks/."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(name).main
+
+
+class Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, [name for name, _ in attributes]))
+
+
+def test_a_report_shows_what_was_said_and_runs_none_of_it(short_run, tmp_path, monkeypatch):
+    """Model output is hostile: a page that is opened from a disk may read what else is there."""
+    pages = []
+    for said in ("calm", "</p></pre><script src='//evil'></script><img src=x onerror=alert(1)>"):
+        out = shutil.copytree(short_run, tmp_path / f"run{len(pages)}")
+        turn = {"texts": [said, None], "reward": {"total": 0.5, "detail": {said: said}}}
+        last = turn | {"step": 2, "prompts": [None, said], "texts": [None, said], "earlier": [turn]}
+        with open(out / "samples.jsonl", "a") as file:
+            for when in ("before", "after"):
+                file.write(json.dumps(last | {"when": when}) + "\n")
+            file.write('{"step": 3, "prompts": ["half a li')
+        main_of("report", monkeypatch)([str(out)])
+        pages.append((out / "report.html").read_text(encoding="utf-8"))
+    calm, hostile = pages
+    assert Tags(hostile).found == Tags(calm).found
+    assert hostile.count("&lt;script src=") == calm.count("calm") == 2 * 8, "2 texts, a prompt and its end, 4 in detail"
+    assert calm.count(">silent<") == 2 * 2
+    places = [calm.index(text) for text in ("before training", "turn 2 of 2", "after training", "<h3>step 1<")]
+    assert places == sorted(places)
+
+
+DAMAGE = {
+    "no folder": lambda run: shutil.rmtree(run),
+    "no options": lambda run: (run / "config.json").unlink(),
+    "half the options": lambda run: (run / "config.json").write_text('{"task": '),
+    "nothing yet": lambda run: (run / "metrics.jsonl").unlink(),
+    "other lines": lambda run: (run / "metrics.jsonl").write_text('{"a": 1}\n'),
+}
+
+
+@pytest.mark.parametrize("script", ["report", "compare"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_no_run_costs_a_script_one_line(short_run, tmp_path, monkeypatch, capsys, script, damage):
+    """Who mistypes a folder needs its name, not a traceback."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    DAMAGE[damage](out)
+    with pytest.raises(SystemExit) as ended:
+        main_of(script, monkeypatch)([str(out)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and str(out) in line
+
+
+def test_runs_that_differ_in_their_seed_are_compared_as_one(short_run, tmp_path, monkeypatch, capsys):
+    """Curves of single seeds were compared, although the next seed would have reversed their order."""
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((short_run / "config.json").read_text())
+    for name, changed in {"a": {"seed": 1}, "b": {"seed": 2, "started": 5.0}, "c": {"seed": 1, "kl": 0.5}}.items():
+        shutil.copytree(short_run, name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changed | {"out": name}))
+    compare = main_of("compare", monkeypatch)
+    compare(["a/metrics.jsonl", "b/metrics.jsonl"])
+    assert not Path("compare.png").exists() and "group" not in capsys.readouterr().out
+    compare(["a", "b", "c"])
+    printed = capsys.readouterr().out
+    assert "| group | runs | kl |\n| --- | --- | --- |\n| 1 | a, b | 0.0 |\n| 2 | c | 0.5 |\n" in printed
+    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
