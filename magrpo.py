@@ -88,10 +88,9 @@ def train_step(policies, task, items, cfg, step):
     sampled = time.perf_counter()
     assign_credit(turns, cfg)
     for policy in policies:
-        learners = [agent for agent in policy.agents if str(agent) not in cfg.frozen.split(",")]
         groups = []
         for node in itertools.chain(*turns):
-            groups += [node.groups[agent] for agent in learners if agent in node.groups]
+            groups += [node.groups[agent] for agent in policy.agents if agent in node.groups]
         update(policy, groups, len(items), cfg, metrics)
     metrics.add("update_s", time.perf_counter() - sampled)
     record_rollout(metrics, turns, sampled - start, len(items))
@@ -133,8 +132,7 @@ class Node:
 
     def joint_texts(self, k):
         """The N texts of joint action k."""
-        row = self.pairing[k].tolist()
-        return [self.texts[agent] and self.texts[agent][g] for agent, g in enumerate(row)]
+        return [self.texts[agent] and self.texts[agent][g] for agent, g in enumerate(self.pairing[k])]
 
 
 def rollout(policies, task, items, cfg, step):
@@ -145,9 +143,7 @@ def rollout(policies, task, items, cfg, step):
         for policy in policies:
             answer(policy, task, nodes, cfg, step)
         world.exchange_texts(nodes)
-        for node in nodes:
-            node.pairing = joint_actions(node.texts, cfg)
-        judge(task, nodes)
+        judge(task, nodes, cfg)
         turns.append(nodes)
         if len(turns) == cfg.turns:
             break
@@ -160,9 +156,7 @@ def rollout(policies, task, items, cfg, step):
 def joint_actions(texts, cfg):
     """(K, N) table: entry (k, i) is the completion that agent i contributes to joint action k.
 
-    texts: agent -> its G texts, or None if it is silent.
-    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, from the same completions; a silent
-    agent is not combined with the others.
+    aligned: the g-th of each agent, K = G. crossed: all combinations, K = G ** N, of the agents that are not silent.
     """
     if cfg.joint == "aligned":
         return torch.arange(cfg.group)[:, None].expand(cfg.group, len(texts))
@@ -175,26 +169,22 @@ def answer(policy, task, nodes, cfg, step):
     groups = []
     for agent in policy.agents:
         for node in nodes:
-            turn = len(node.history)
-            # These six integers seed the group's random numbers. So they do not depend on how the work is divided among
-            # processes and batches, and an item that comes twice in a step gets different answers.
-            stream = (cfg.seed, step, turn, agent, node.slot, node.branch)
-            prompt, dropped = fit_prompt(policy, task, agent, node, cfg)
-            node.texts[agent] = None
-            if prompt is not None:  # else the agent is silent in this turn
-                node.groups[agent] = Group(agent, node.slot, turn, prompt, stream, dropped)
-                groups.append(node.groups[agent])
+            group = new_group(policy, task, agent, node, cfg, step)
+            if group:  # else the agent is silent in this turn
+                node.groups[agent] = group
+                groups.append(group)
     if groups:
         sample(policy, groups, cfg)
     for node in nodes:
-        for agent in node.groups.keys() & set(policy.agents):
-            node.texts[agent] = policy.decode(node.groups[agent])
+        for agent in policy.agents:
+            node.texts[agent] = policy.decode(node.groups[agent]) if agent in node.groups else None
 
 
-def judge(task, nodes):
-    """Give every joint action of every node its reward."""
+def judge(task, nodes, cfg):
+    """Pair the answers at every node, and give each joint action its reward."""
     jobs = []
     for node in nodes:
+        node.pairing = joint_actions(node.texts, cfg)
         jobs += [(node.item, node.history, node.joint_texts(k)) for k in range(len(node.pairing))]
     rewards = iter(world.divide(lambda share: checked_rewards(task, share), jobs))
     for node in nodes:
@@ -253,8 +243,9 @@ def update(policy, groups, num_items, cfg, metrics):
     count = cfg.minibatches or num_items
     minibatches = [[] for _ in range(count)]
     for group in groups:
-        minibatches[group.slot * count // num_items].append(group)  # an item stays whole, with all its turns
-        metrics.add("flat_groups", not group.advantage.any())
+        if str(group.agent) not in cfg.frozen.split(","):
+            minibatches[group.slot * count // num_items].append(group)  # an item stays whole, with all its turns
+            metrics.add("flat_groups", not group.advantage.any())
     learners = [set_weights(minibatch, cfg) for minibatch in minibatches]
     on_policy = True
     for m in list(range(count)) * cfg.epochs:
@@ -301,16 +292,6 @@ def set_weights(groups, cfg):
         divisor = tokens[place] if cfg.normalize == "token" else lengths * completions[place]
         group.weight = (group.mask / (divisor * turns[group.agent])).float()
     return (completions if cfg.kl else teaching).sum(1).nonzero()[:, 0].tolist()
-
-
-def micro_batches(groups, cfg, device):
-    """Split a minibatch into batches of at most cfg.micro_batch completions, similar lengths together."""
-    groups = [group for group in groups if group.advantage.any() or cfg.kl]  # the others have no gradient
-    groups.sort(key=lambda group: group.tokens.shape[1], reverse=True)
-    together = max(cfg.micro_batch // cfg.group, 1)
-    for i in range(0, len(groups), together):
-        for start in range(0, cfg.group, cfg.micro_batch):  # more than once only if a group is larger than a batch
-            yield MicroBatch(groups[i : i + together], slice(start, start + cfg.micro_batch), device)
 
 
 def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
@@ -625,6 +606,18 @@ def context_length(config):
     return min(filter(None, limits), default=float("inf"))
 
 
+def new_group(policy, task, agent, node, cfg, step):
+    """The group of an agent at a node, with its prompt and its random numbers; None if the task lets it be silent."""
+    prompt, dropped = fit_prompt(policy, task, agent, node, cfg)
+    if prompt is None:
+        return None
+    turn = len(node.history)
+    # These six integers seed the group's random numbers. So they do not depend on how the work is divided among
+    # processes and batches, and an item that comes twice in a step gets different answers.
+    stream = (cfg.seed, step, turn, agent, node.slot, node.branch)
+    return Group(agent, node.slot, turn, prompt, stream, dropped)
+
+
 def fit_prompt(policy, task, agent, node, cfg):
     """Token ids of an agent's prompt at a node, and how many of its oldest turns it had to leave out to fit.
 
@@ -749,6 +742,16 @@ def pad_columns(parts):
     """B tensors (1, Hkv, P_i, D) -> (B, Hkv, P, D), zeros behind the shorter ones."""
     rows = pad_sequence([part[0].transpose(0, 1) for part in parts], batch_first=True)
     return rows.transpose(1, 2).contiguous()
+
+
+def micro_batches(groups, cfg, device):
+    """Split a minibatch into batches of at most cfg.micro_batch completions, similar lengths together."""
+    groups = [group for group in groups if group.advantage.any() or cfg.kl]  # the others have no gradient
+    groups.sort(key=lambda group: group.tokens.shape[1], reverse=True)
+    together = max(cfg.micro_batch // cfg.group, 1)
+    for i in range(0, len(groups), together):
+        for start in range(0, cfg.group, cfg.micro_batch):  # more than once only if a group is larger than a batch
+            yield MicroBatch(groups[i : i + together], slice(start, start + cfg.micro_batch), device)
 
 
 class MicroBatch:

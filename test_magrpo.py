@@ -1849,17 +1849,6 @@ def test_protocols_and_frozen_agents_that_cannot_work_are_refused(given, message
         train.parse_args(given.split())
 
 
-def test_an_evaluation_with_a_folder_leaves_its_metrics_there(files, tmp_path):
-    """Two protocols could be compared by eye only."""
-    for protocol in ("sequential", "discussion"):
-        out = tmp_path / protocol
-        assert train.main(arguments(files, out, "--eval-only", f"--protocol={protocol}")) == 0
-        (line,) = train.read_lines(out / "metrics.jsonl")
-        nodes = {"sequential": (3, 6), "discussion": (3, 6)}[protocol]
-        assert (line["eval/nodes/turn_0"], line["eval/nodes/turn_1"]) == nodes and "eval/reward" in line
-        assert len(train.read_lines(out / "samples.jsonl")) == 1 and (out / "config.json").exists()
-
-
 # ---------------------------------------------------------------- several processes, interrupted runs
 
 
@@ -2891,3 +2880,28 @@ def test_runs_that_differ_in_their_seed_are_compared_as_one(short_run, tmp_path,
     printed = capsys.readouterr().out
     assert "| group | runs | kl |\n| --- | --- | --- |\n| 1 | a, b | 0.0 |\n| 2 | c | 0.5 |\n" in printed
     assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_papers_table_goes_on_where_it_was_stopped(files, tmp_path, monkeypatch, capsys):
+    """A comparison of hours began again after an interrupt; or rows of unequal evaluations were compared."""
+    rows = "naive parallel; sequential; MAGRPO; MAGRPO, two turns"
+    given = [
+        "--task=writing",
+        f"--model={files['llama']}",
+        f"--data={files['posts']}",
+        "--steps=2",
+        "--max-new-tokens=3",
+    ]
+    monkeypatch.setattr(sys, "argv", ["paper.py", *given, "--seeds=2", f"--rows={rows}", f"--out={tmp_path / 'paper'}"])
+    main = main_of("paper", monkeypatch)
+    runs, run = [], train.run
+    monkeypatch.setattr(train, "run", lambda config: runs.append(config.out) or run(config))
+    main()
+    assert len(runs) == 2 * 3, "the untrained agents are evaluated in the run that trains them"
+    table = capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in table] == rows.split("; ")
+    shutil.rmtree(tmp_path / "paper" / "magrpo2-seed1")
+    main()
+    assert len(runs) == 2 * 3 + 1 and capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines() != []
+    picture, cells = tmp_path / "paper" / "paper.png", (tmp_path / "paper" / "paper.csv").read_text()
+    assert picture.stat().st_size > 5000 and len(cells.splitlines()) == 1 + 4

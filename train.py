@@ -90,7 +90,7 @@ class Config(Settings):
     layout: Literal["together", "apart"] = "together"  # of processes: each plays all agents, or each plays one agent
     out: str = ""  # folder of the run; default: runs/TASK, or runs/TASK-2, ... if that exists
     resume: str = ""  # continue the interrupted run in this folder; auto: continue the run in --out, or start one
-    eval_only: bool = False  # evaluate, do not train; with --agents, as in their run; files only if --out is given
+    eval_only: bool = False  # evaluate, do not train; with --agents, as in their run unless told otherwise
     eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
     show_every: int = 5  # print a joint episode every so many steps
     save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always when interrupted
@@ -560,15 +560,6 @@ def show_episode(episode):
     return f"{text}--- reward: {', '.join(parts)}"
 
 
-def start_log(config, step):
-    """Write config.json, and open the logs of a run after a step; -1: of a new run."""
-    folder = Path(config.out)
-    if world.rank == 0:
-        with replacing(folder / "config.json") as partial:
-            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-    return Log(folder, config, step)
-
-
 def draw_curve(folder, maxima):
     """curve.png from metrics.jsonl: the reward and its parts over steps, held-out points marked."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps what it drew
@@ -714,7 +705,7 @@ def print_header(config, task, policies, device):
     sizes = {f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies}
     processes = f", {world.size} processes, {config.layout}" if world.size > 1 else ""
     graphs = ", sampling in CUDA graphs" if all(policy.graphs for policy in policies) else ""
-    files = "config.json metrics.jsonl samples.jsonl" + ("" if config.eval_only else " curve.png agent_*/")
+    files = "config.json metrics.jsonl samples.jsonl curve.png agent_*/"
     print(
         f"""\
 task    {config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out
@@ -723,13 +714,13 @@ model   {config.agents or config.model}, {" and ".join(sorted(sizes))} parameter
 device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}
 step    {config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens
 update  {config.epochs} x {config.minibatches or config.prompts} steps, lr {config.lr:g}, advantage {config.advantage}
-writes  {f"{config.out}/ {files}" if config.out else "nothing"}""",
+writes  {"nothing" if config.eval_only else f"{config.out}/ {files}"}""",
         flush=True,
     )
 
 
 def run(config):
-    """Set up, then train or evaluate."""
+    """Set up, then train or evaluate. Returns the metrics of an evaluation."""
     device = start_processes(config)
     config.started = world.gather(config.started or time.time())[0]
     # Chat templates that write the date write one date for the whole run.
@@ -749,7 +740,7 @@ def run(config):
     config.dtype = str(policies[0].dtype)[6:]  # what auto has become; it may differ on another machine
     config.lr = policies[0].lr
     world.barrier()  # when all processes have passed their checks, make the folder
-    if not config.eval_only or config.out:
+    if not config.eval_only:
         config.out = config.resume or world.gather(run_folder(config) if world.rank == 0 else None)[0]
     if world.rank == 0:
         print_header(config, task, policies, device)
@@ -757,15 +748,12 @@ def run(config):
             print(f"warning: {warning}", flush=True)
     if not config.eval_only:
         train(config, task, policies)
-        return
+        return None
     metrics, episode = evaluate_task(config, task, policies)
-    if world.rank == 0 and config.out:
-        log = start_log(config, -1)
-        log.metrics(0, metrics, "eval/")
-        log.append("samples", {"step": 0} | episode)
     if world.rank == 0:
         print(show_episode(episode))
         print_table({config.agents or "untrained": metrics}, task.maxima)
+    return metrics
 
 
 def train(config, task, policies):
@@ -784,7 +772,9 @@ def train(config, task, policies):
             print(
                 f"resuming {folder} after step {step}" if checkpoint else f"no checkpoint in {folder} yet", flush=True
             )
-    log = start_log(config, step if checkpoint else -1)
+        with replacing(folder / "config.json") as partial:
+            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
+    log = Log(folder, config, step if checkpoint else -1)
     after = None
     try:
         if not checkpoint:

@@ -77,18 +77,25 @@ def read_run(folder):
 
 def finish_run(folder, options):
     """Run train.py in a folder, or let it go on there, unless it has ended. Returns what `read_run` does."""
-    if not read_run(folder):
-        if "--eval-only" in options:
-            for file in folder.glob("*.json*"):  # an evaluation that was stopped begins again
-                file.unlink()
-        else:
-            options = [*options, "--resume", "auto"]
-        code = train.main([*options, "--out", str(folder)])
+    if read_run(folder):
+        return read_run(folder)
+    if "--eval-only" in options:
+        evaluate_into(folder, options)
+    else:
+        code = train.main([*options, "--resume", "auto", "--out", str(folder)])
         if code:
             sys.exit(code)
-        if not read_run(folder):
-            sys.exit(f"stopped in {folder}; the same command goes on")
-    return read_run(folder)
+    return read_run(folder) or sys.exit(f"stopped in {folder}; the same command goes on")
+
+
+def evaluate_into(folder, options):
+    """Evaluate, and leave the metrics in a folder, in the form of a run that trains."""
+    config = train.parse_args(options)
+    metrics = train.run(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(vars(config)), encoding="utf-8")
+    line = {"step": 0} | {f"eval/{name}": value for name, value in metrics.items()}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
 def columns_of(metrics, tokens, maxima):
