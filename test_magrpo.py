@@ -7,6 +7,7 @@ the same logits everywhere cannot see an off-by-one. Every policy's pad token is
 import copy
 import gzip
 import importlib.util
+import io
 import json
 import math
 import os
@@ -35,6 +36,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import magrpo
@@ -1481,9 +1483,10 @@ def arguments(files, out, *more, **changed):
 
 
 def table_of(printed):
-    """The printed table as {row: values}, without the rows that measure time."""
+    """The printed table as {row: values}, without the row that measures time."""
     rows = [row for row in printed.split("held-out items")[-1].splitlines()[1:] if re.match(r"\S.{19} +\d", row)]
-    return {row[:20].strip(): row[20:].split() for row in rows if not row.startswith(("tokens/s", "seconds"))}
+    values = {row[:20].strip(): [row[i : i + 24].strip() for i in range(20, len(row), 24)] for row in rows}
+    return {name: row for name, row in values.items() if name != "tokens/s"}
 
 
 RUNS = [
@@ -1505,8 +1508,8 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
     out, flags = tmp_path / "run", flags.format_map(files).split()
     assert train.main(arguments(files, out, *flags)) == 0
     after = {name: values[1] for name, values in table_of(capsys.readouterr().out).items()}
-    part = "pass@1 %" if "--task=coding" in flags else "length %"
-    assert {"return %", part, "tokens of agent_0", "truncated %"} <= set(after)
+    part = "pass@1" if "--task=coding" in flags else "length"
+    assert {"return", part, "tokens of agent_0", "truncated"} <= set(after)
     config = train.Config(**json.loads((out / "config.json").read_text()))
     asked = train.parse_args(arguments(files, out, *flags))
     assert replace(config, started=0.0, lr=asked.lr) == asked, "config.json round-trips"
@@ -2026,8 +2029,8 @@ def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys, dtype):
         assert torch.equal(weights, same)
     capsys.readouterr()
     assert train.main([f"--resume={out}"]) == 0, "nothing is left to train"
-    after = table_of(capsys.readouterr().out)["return %"][1]
-    assert after == f"{100 * numbers(out)[-1]['eval/return'] / 3:.1f}", "and the table is not of the untrained agents"
+    after, reward = table_of(capsys.readouterr().out)["return"][1], numbers(out)[-1]["eval/return"]
+    assert after == f"{reward:.2f} of 3.0 {100 * reward / 3:6.1f} %", "and the table is not of the untrained agents"
 
 
 def test_signal_saves_and_a_second_one_insists(files, tmp_path):
@@ -2037,7 +2040,8 @@ def test_signal_saves_and_a_second_one_insists(files, tmp_path):
         command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / name, *more, steps=100_000)]
         jobs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for name, signals in {"once": [signal.SIGHUP], "twice": [signal.SIGTERM, signal.SIGINT]}.items():
-        while jobs[name].poll() is None and not (tmp_path / name / "samples.jsonl").exists():  # after the first step
+        log = tmp_path / name / "samples.jsonl"
+        while jobs[name].poll() is None and not (log.exists() and '"step": 1' in log.read_text()):
             time.sleep(0.05)
         for number in signals:
             jobs[name].send_signal(number)
@@ -2905,3 +2909,137 @@ def test_the_papers_table_goes_on_where_it_was_stopped(files, tmp_path, monkeypa
     assert len(runs) == 2 * 3 + 1 and capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines() != []
     picture, cells = tmp_path / "paper" / "paper.png", (tmp_path / "paper" / "paper.csv").read_text()
     assert picture.stat().st_size > 5000 and len(cells.splitlines()) == 1 + 4
+
+
+# ---------------------------------------------------------------- what a run shows
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_watching_an_evaluation_changes_nothing(files, capsys, monkeypatch):
+    """For minutes nothing moved. The first bar that did replaced the output of the model by True."""
+    config = train.Config(model=files["llama"], data=files["posts"], max_new_tokens=12, dtype="float32")
+    task = tasks.TASKS["writing"](2, files["posts"])
+    policies = train.load_policies(config)
+    unseen = train.evaluate_task(config, task, policies)
+    reward = unseen[0]["reward"]
+    assert f"held out {reward:.2f} of 3.0 ({100 * reward / 3:.1f} %)" in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    seen = train.evaluate_task(config, task, policies)
+    assert "%|" in sys.stderr.getvalue() and seen[1] == unseen[1] and seen[0]["reward"] == reward
+    assert not any(policy.model._forward_hooks for policy in policies)
+
+
+def test_a_run_says_how_much_it_is_and_shows_one_item_before_and_after(files, tmp_path, capsys):
+    """The two answers to compare were far apart, and in no file; episodes and table had different units."""
+    out = tmp_path / "run"
+    assert train.main(arguments(files, out, "--joint=crossed", "--turns=2", "--feedback=level")) == 0
+    printed = capsys.readouterr().out
+    assert "2 steps x 2 prompts x 9 joint actions (crossed) = 36 joint samples in the first turn" in printed
+    assert "minutes to go, 1 evaluation(s) included" in printed
+    first, *episodes, last = train.read_lines(out / "samples.jsonl")
+    assert [(first["step"], first["when"]), (last["step"], last["when"])] == [(0, "before"), (2, "after")]
+    for episode in (first, *episodes, last):
+        keys = {"step", "prompts", "texts", "reward", "earlier"}
+        assert set(episode) - {"when"} == keys and len(episode["earlier"]) == 1
+        assert all(turn["texts"][0] in episode["prompts"][0] for turn in episode["earlier"]), "the path that it shows"
+    end = printed[printed.index("a held-out item, before") :]
+    item = json.loads(Path(files["posts"]).read_text().splitlines()[-3])
+    assert end.count("--- prompt of agent 0") == 1 and end.count(item["prompt"]) == 2, "a prompt for each agent"
+    for episode in (first, last):
+        assert f"--- answer of agent 1 in turn 1\n{episode['texts'][1]}\n--- reward in turn 1: total" in end
+    assert train.main([f"--resume={out}", "--steps=3"]) == 2, "it ended without a checkpoint"
+
+
+def test_an_agent_that_does_not_speak_is_shown_as_silent():
+    """An agent that waited for its turn had said "None"."""
+    turn = {"texts": ["one", None], "reward": {"total": 0.5, "detail": {}}}
+    episode = {"prompts": [None, "a prompt"], "texts": [None, "two"], "reward": {"total": 1, "other": 2}}
+    text = train.show_episode(episode | {"earlier": [turn]}, {"total": 3})
+    assert text.splitlines() == [
+        "--- prompt of agent 0", "(silent)", "--- prompt of agent 1", "a prompt",
+        "--- answer of agent 0 in turn 0", "one", "--- answer of agent 1 in turn 0", "(silent)",
+        "--- reward in turn 0: total 0.50 of 3.0",
+        "--- answer of agent 0 in turn 1", "(silent)", "--- answer of agent 1 in turn 1", "two",
+        "--- reward in turn 1: total 1.00 of 3.0, other 2.00",
+    ]  # fmt: skip
+
+
+def test_the_curve_grows_during_the_run_and_no_run_depends_on_it(files, tmp_path, capsys, monkeypatch):
+    """It came with the last step: nobody could watch it, and a disk that was full then took the table with it."""
+    drawn = []
+    draw = train.draw_curve
+    monkeypatch.setattr(train, "draw_curve", lambda log, maxima: drawn.append(draw(log, maxima)))
+    assert train.main(arguments(files, tmp_path / "whole", "--show-every=2", "--eval-every=3", steps=5)) == 0
+    assert len(drawn) == len(["before", "1", "2", "3", "4", "after"])
+    assert not (tmp_path / "whole" / "curve.png.partial").exists()
+    capsys.readouterr()
+
+    def fail(figure, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    assert train.main(arguments(files, tmp_path / "full")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: curve.png could not be drawn: no space left") == 1 and table_of(printed)
+    assert not list((tmp_path / "full").glob("curve.png*"))
+
+
+def test_agents_answer_a_text(short_run, files, tmp_path, capsys, monkeypatch):
+    """To see what a trained agent says to a text of one's own took a data file and an evaluation."""
+    monkeypatch.chdir(tmp_path)
+    Path("post.txt").write_text("road and river")
+    answers = set()
+    for text in ("road and river", "post.txt", "-"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("road and river"))
+        assert train.main([f"--agents={short_run}", "--ask", text]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("road and river\n\n") == 2
+        answers.add(printed[printed.index("--- prompt") :])
+    (answer,) = answers
+    assert "--- answer of agent 1\n" in answer and re.search(r"--- reward: total \d.\d\d of 3.0, structure", answer)
+    assert train.main(arguments(files, "", "--ask=road")) == 0, "the untrained model"
+    problem = json.dumps({"prompt": "def f(x):", "entry_point": "f", "test": "assert f(1) == 2"})
+    coding = arguments(files, "", "--task=coding", data=files["problems"])
+    assert train.main([*coding, "--ask", problem]) == 0 and "pass@1 0.00 of 1.0" in capsys.readouterr().out
+    for flags, message in {
+        ("--ask=",): "--ask: the field prompt is missing",
+        ("--ask", f"{files['llama']}/model.safetensors"): "--ask cannot be read as a text",
+        ("--ask", "dog " * 600): "exceed the model's context",
+        ("--task=coding", f"--data={files['problems']}", "--ask=dog"): "read as JSON with prompt, entry_point, test",
+        ("--task=coding", f"--data={files['problems']}", '--ask={"prompt": "dog"}'): "the field entry_point is missing",
+    }.items():
+        assert train.main([*arguments(files, ""), *flags]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["post.txt"], "nothing was written"
+
+
+def test_the_first_line_comes_before_the_slow_imports(tmp_path):
+    """A run was silent for ten seconds, and people pressed Ctrl-C. Of several processes, one speaks."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('importing torch')")
+    for rank, lines in {"0": ["magrpo: loading PyTorch, data and models"], "1": []}.items():
+        env = os.environ | {"PYTHONPATH": str(tmp_path), "RANK": rank}
+        run = subprocess.run([sys.executable, ROOT / "train.py"], env=env, capture_output=True, text=True)
+        assert run.stderr.splitlines() == [*lines, "importing torch"]
+
+
+def test_help_has_one_line_of_usage(capsys):
+    """Twenty-five lines in brackets came before what the options mean."""
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    usage, empty, *_ = capsys.readouterr().out.splitlines()
+    assert usage.startswith("usage: python train.py") and not empty
+
+
+def test_what_torchrun_prints_ends_in_the_error(tmp_path, capsys, monkeypatch):
+    """A typo was one line above thirty of torchrun's."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert train.main(["--steps=0"]) == 2
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
+    report = str(ChildFailedError("train.py", {0: failure}))
+    assert report.splitlines()[-2].endswith(f": {capsys.readouterr().err.strip()}")

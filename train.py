@@ -2,6 +2,7 @@
 
     torchrun train.py --task writing                                 two SmolLM2-135M agents, on any machine
     torchrun train.py --task writing --eval-only --agents runs/NAME  evaluate the agents of an earlier run
+    python train.py --agents runs/NAME --ask "my text"               read what they answer to a text
     torchrun --nproc_per_node=8 train.py ...                         the same on several GPUs
 
 A run writes config.json, metrics.jsonl, samples.jsonl, curve.png, checkpoints/ if it saves any, and agent_0/,
@@ -32,6 +33,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("magrpo: loading PyTorch, data and models", file=sys.stderr)  # the imports below take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,7 +60,7 @@ from magrpo import (
     train_step,
     world,
 )
-from tasks import FEEDBACK, PROTOCOLS, TASKS, Expert, find_task
+from tasks import FEEDBACK, PROTOCOLS, TASKS, Expert, check_item, find_task
 
 
 # ---------------------------------------------------------------- options
@@ -91,6 +95,7 @@ class Config(Settings):
     out: str = ""  # folder of the run; default: runs/TASK, or runs/TASK-2, ... if that exists
     resume: str = ""  # continue the interrupted run in this folder; auto: continue the run in --out, or start one
     eval_only: bool = False  # evaluate, do not train; with --agents, as in their run unless told otherwise
+    ask: str = ""  # only let the agents answer this text, the text of this file or, for -, of standard input
     eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
     show_every: int = 5  # print a joint episode every so many steps
     save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always when interrupted
@@ -119,7 +124,8 @@ def flag(name):
 
 
 def make_parser():
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    about = {"usage": "python train.py [--OPTION VALUE ...]", "description": __doc__.splitlines()[0]}
+    parser = Parser(**about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     sections = {section: parser.add_argument_group(section) for section in SECTIONS}
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for line in (inspect.getsource(Settings) + inspect.getsource(Config)).splitlines():
@@ -157,6 +163,8 @@ def config_of(given):
 def parse_args(argv):
     """Command line -> Config. Raises UserError for unknown flags and bad values."""
     given = vars(make_parser().parse_args(argv))
+    if "ask" in given:
+        given |= {"ask": given["ask"] or " ", "eval_only": True}  # " ": an empty text is refused, not forgotten
     if given.get("resume") == "auto":
         if not given.get("out"):
             raise UserError("--resume auto needs --out, the folder in which to continue or to start")
@@ -504,8 +512,9 @@ class Log:
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             if path.exists():  # drop what came after the checkpoint: those steps run again
                 lines = path.read_bytes().splitlines(keepends=True)
+                lines = [line for line in lines if json.loads(line)["step"] <= step and b'"when": "after"' not in line]
                 with replacing(path) as partial:
-                    partial.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= step))
+                    partial.write_bytes(b"".join(lines))
         if config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -545,60 +554,74 @@ class Log:
             bar.write(f"warning: {text}")
 
 
-def episode_of(task, node):
-    """The first joint action of a node as a record: prompts, answers, reward."""
+def episode_of(task, turns):
+    """The first joint action of the first item, to the end of its path, as a record: prompts, answers, reward."""
+    node = turns[0][0]
+    while 0 in node.children:
+        node = node.children[0]
+    earlier = [{"texts": turn["texts"], "reward": turn["reward"]} for turn in node.history]
     prompts = task.prompts(node.item, node.history)
-    return {"prompts": prompts, "texts": node.joint_texts(0), "reward": node.rewards[0]}
+    return {"prompts": prompts, "texts": node.joint_texts(0), "reward": node.rewards[0], "earlier": earlier}
 
 
-def show_episode(episode):
-    """An episode as text."""
-    text = ""
-    for agent, (prompt, said) in enumerate(zip(episode["prompts"], episode["texts"], strict=True)):
-        text += f"--- prompt of agent {agent}\n{prompt}\n--- answer of agent {agent}\n{said}\n"
-    parts = [f"{name} {x:.2f}" for name, x in episode["reward"].items() if isinstance(x, (int, float))]
-    return f"{text}--- reward: {', '.join(parts)}"
+def show_episode(episode, maxima):
+    """An episode as text, earlier turns first. A prompt and a text are None where an agent does not speak."""
+    lines = []
+    for agent, prompt in enumerate(episode["prompts"]):
+        lines.append(f"--- prompt of agent {agent}\n{'(silent)' if prompt is None else prompt}")
+    turns = [*episode.get("earlier", []), episode]
+    for number, turn in enumerate(turns):
+        where = f" in turn {number}" if len(turns) > 1 else ""
+        for agent, text in enumerate(turn["texts"]):
+            lines.append(f"--- answer of agent {agent}{where}\n{'(silent)' if text is None else text}")
+        parts = []
+        for name, x in turn["reward"].items():
+            if isinstance(x, (int, float)):
+                parts.append(f"{name} {x:.2f}" + (f" of {float(maxima[name])}" if name in maxima else ""))
+        lines.append(f"--- reward{where}: {', '.join(parts)}")
+    return "\n".join(lines)
 
 
-def draw_curve(folder, maxima):
+def draw_curve(log, maxima):
     """curve.png from metrics.jsonl: the reward and its parts over steps, held-out points marked."""
-    from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps what it drew
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps what it drew
 
-    lines = read_lines(folder / "metrics.jsonl")
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    for i, (part, best) in enumerate(maxima.items()):
-        name = "reward" if part == "total" else f"reward/{part}"
-        train = [(line["step"], line[name]) for line in lines if name in line]
-        held_out = [(line["step"], line[f"eval/{name}"]) for line in lines if f"eval/{name}" in line]
-        if train:
-            width = 2.5 if part == "total" else 1
-            axes.plot(*zip(*train, strict=True), f"C{i}", label=f"{name} (at most {best:g})", linewidth=width)
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), f"C{i}o")
-    axes.set(xlabel="step", ylabel="reward", title=f"{folder.name}: training (lines), held out (points)")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
+        lines = read_lines(log.folder / "metrics.jsonl")
+        figure = Figure(figsize=(8, 4.5))
+        axes = figure.subplots()
+        for i, (part, best) in enumerate(maxima.items()):
+            name, width = ("reward", 2.5) if part == "total" else (f"reward/{part}", 1)
+            for key, style in {name: "-", f"eval/{name}": "o"}.items():
+                steps = [line["step"] for line in lines if key in line]
+                rewards = [line[key] for line in lines if key in line]
+                axes.plot(steps, rewards, f"C{i}{style}", linewidth=width)
+            axes.lines[-2].set_label(f"{name} (of {float(best)})")
+        axes.set(xlabel="step", ylabel="reward", title=f"{log.folder.name}: training (lines), held out (points)")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        with replacing(log.folder / "curve.png") as partial:
+            figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    except Exception as error:  # the disk may be full: the run goes on without its curve
+        (log.folder / "curve.png.partial").unlink(missing_ok=True)
+        log.warn(tqdm, f"curve.png could not be drawn: {first_line(error)}")
 
 
 def print_table(columns, maxima):
-    """Evaluations side by side. columns: {heading: metrics}; rewards in percent of their maximum."""
-    rows, evaluations = {}, columns.values()
+    """Evaluations side by side. columns: {heading: metrics}."""
+    rows, evaluations = {"held-out items": columns}, columns.values()
     for part, best in maxima.items():
         # "return" is the paper's word for the reward at the end. metrics["return"] adds up several turns.
         name, title = ("reward", "return") if part == "total" else (f"reward/{part}", part)
-        rows[f"{title} %"] = [100 * metrics.get(name, 0) / best for metrics in evaluations]
-    lengths = [name for name in next(iter(evaluations)) if name.startswith("length/")]
-    for name in lengths:
-        rows[f"tokens of {name[7:]}"] = [metrics[name] for metrics in evaluations]
-    rows["truncated %"] = [100 * metrics["truncated"] for metrics in evaluations]
-    rows["tokens/s"] = [metrics["sample_tokens_per_s"] for metrics in evaluations]
-    tokens = [np.mean([metrics[name] for name in lengths]) for metrics in evaluations]
-    rows["seconds an answer"] = [count / speed for count, speed in zip(tokens, rows["tokens/s"], strict=True)]
-    print(f"\n{'held-out items':<20}" + "".join(f"{heading:>14}" for heading in columns))
+        rewards = [metrics.get(name, 0) for metrics in evaluations]
+        rows[title] = [f"{reward:.2f} of {float(best)} {100 * reward / best:6.1f} %" for reward in rewards]
+    for name in next(iter(evaluations)):
+        if name.startswith("length/"):
+            rows[f"tokens of {name[7:]}"] = [f"{metrics.get(name, 0):.1f}" for metrics in evaluations]
+    rows["truncated"] = [f"{100 * metrics['truncated']:.1f} %" for metrics in evaluations]
+    rows["tokens/s"] = [f"{metrics['sample_tokens_per_s']:.1f}" for metrics in evaluations]
+    print()
     for title, values in rows.items():
-        digits = 2 if title.startswith("seconds") else 1
-        print(f"{title:<20}" + "".join(f"{value:>14.{digits}f}" for value in values))
+        print(f"{title:<20}" + "".join(f"{value:>24}" for value in values))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -705,18 +728,19 @@ def print_header(config, task, policies, device):
     sizes = {f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies}
     processes = f", {world.size} processes, {config.layout}" if world.size > 1 else ""
     graphs = ", sampling in CUDA graphs" if all(policy.graphs for policy in policies) else ""
-    files = "config.json metrics.jsonl samples.jsonl curve.png agent_*/"
-    print(
-        f"""\
-task    {config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out
-agents  {config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}
-model   {config.agents or config.model}, {" and ".join(sorted(sizes))} parameters
-device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}
-step    {config.prompts} x {config.group}, {config.joint}, at most {config.max_new_tokens} tokens
-update  {config.epochs} x {config.minibatches or config.prompts} steps, lr {config.lr:g}, advantage {config.advantage}
-writes  {"nothing" if config.eval_only else f"{config.out}/ {files}"}""",
-        flush=True,
-    )
+    print(f"task    {config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out")
+    print(f"agents  {config.num_agents}, weights {config.weights}, {config.turns} turn(s), feedback {config.feedback}")
+    print(f"model   {config.agents or config.model}, {' and '.join(sorted(sizes))} parameters")
+    print(f"device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}")
+    print(f"answers at most {config.max_new_tokens} tokens; held-out items get {config.eval_group} of each agent")
+    if not config.eval_only:
+        joint = config.group ** (config.num_agents if config.joint == "crossed" else 1)
+        samples = f"{config.steps} steps x {config.prompts} prompts x {joint} joint actions ({config.joint})"
+        where = " in the first turn" if config.turns > 1 else ""
+        print(f"run     {samples} = {config.steps * config.prompts * joint} joint samples{where}")
+        passes = f"{config.epochs} x {config.minibatches or config.prompts} a step"
+        print(f"update  {passes}, lr {config.lr:g}, advantage {config.advantage}")
+        print(f"writes  {config.out}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/", flush=True)
 
 
 def run(config):
@@ -735,6 +759,9 @@ def run(config):
     if config.turns == 1 and config.feedback != "plain":
         warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
     policies = load_policies(config, device)
+    if config.ask:
+        ask(config, task, policies)
+        return
     warnings.append(check_reward(task))
     check_prompts(config, task, policies)
     config.dtype = str(policies[0].dtype)[6:]  # what auto has become; it may differ on another machine
@@ -751,13 +778,13 @@ def run(config):
         return None
     metrics, episode = evaluate_task(config, task, policies)
     if world.rank == 0:
-        print(show_episode(episode))
+        print(show_episode(episode, task.maxima))
         print_table({config.agents or "untrained": metrics}, task.maxima)
     return metrics
 
 
 def train(config, task, policies):
-    """Evaluate, train, evaluate; then save the agents, draw the curve, print the table."""
+    """Evaluate, train, evaluate; then save the agents and print the table."""
     start = time.perf_counter()
     folder = Path(config.out)
     caught = catch_signals()
@@ -769,31 +796,33 @@ def train(config, task, policies):
     extra |= {"before": checkpoint["before"]} if checkpoint else {}
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
-            print(
-                f"resuming {folder} after step {step}" if checkpoint else f"no checkpoint in {folder} yet", flush=True
-            )
+            print(f"resuming {folder} after step {step}", flush=True)
         with replacing(folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
     log = Log(folder, config, step if checkpoint else -1)
     after = None
     try:
         if not checkpoint:
-            extra["before"] = evaluate_task(config, task, policies)
-            log.metrics(0, extra["before"][0], "eval/")
+            extra["before"] = evaluate_task(config, task, policies, log, 0)
+        evaluation_s = extra["before"][0]["rollout_s"] if checkpoint else time.perf_counter() - start
         with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
             # All processes have to stop at the same step, or some would wait for the others for ever.
             while step < config.steps and not any(world.gather(bool(caught))):
                 one_step(config, task, policies, step + 1, log, bar)
                 step += 1
+                if world.rank == 0 and bar.n == bar.initial + 1:
+                    evaluations = 1 + (config.steps - step) // (config.eval_every or config.steps)
+                    seconds = (config.steps - step) * bar.format_dict["elapsed"] + evaluations * evaluation_s
+                    bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                    log.metrics(step, evaluate_task(config, task, policies)[0], "eval/")
+                    evaluate_task(config, task, policies, log, step)
+                    bar.unpause()  # it shows the speed of training alone
                 due = time.monotonic() - saved_at > 600 if not config.save_every else step % config.save_every == 0
                 if world.gather(due)[0]:
                     saved = save_checkpoint(config, step, policies, extra)
                     saved_at = time.monotonic()
         if step == config.steps:
-            after = evaluate_task(config, task, policies)
-            log.metrics(step, after[0], "eval/")
+            after = evaluate_task(config, task, policies, log, step)
     except Interrupted:  # step is the last one that was finished
         pass
     if not after and "before" in extra and saved != step:
@@ -803,12 +832,10 @@ def train(config, task, policies):
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
     if after:
         finish(config, task, policies, extra["before"], after)
-    if world.rank == 0 and after:
-        minutes = (time.perf_counter() - start) / 60
-        print(f"\n{minutes:.1f} minutes; everything is in {folder}/, the curve in {folder}/curve.png")
-    elif world.rank == 0:
-        what = f"after step {step} and saved" if "before" in extra else "before the first step"
-        print(f"\ninterrupted {what}; continue with: train.py --resume {folder}")
+    if world.rank == 0:
+        done = f"everything is in {folder}/, the curve in {folder}/curve.png"
+        stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
+        print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
 
 
 def one_step(config, task, policies, step, log, bar):
@@ -818,15 +845,17 @@ def one_step(config, task, policies, step, log, bar):
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
     log.metrics(step, metrics)
-    lengths = "/".join(f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents))
-    bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s")
+    lengths = [f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents)]
+    numbers = metrics["reward"], float(task.maxima["total"]), "/".join(lengths), metrics["sample_tokens_per_s"]
+    bar.set_postfix_str("reward {:.2f} of {}, {} tokens, {:.0f}/s".format(*numbers), refresh=False)
     bar.update()
     if metrics["truncated"] == 1:
         log.warn(bar, "every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
     if world.rank == 0 and (step == 1 or step % config.show_every == 0):
-        episode = episode_of(task, turns[-1][0])
+        episode = episode_of(task, turns)
         log.append("samples", {"step": step} | episode)
-        bar.write(f"\n--- step {step}\n{show_episode(episode)}\n")
+        bar.write(f"\n--- step {step}\n{show_episode(episode, task.maxima)}\n")
+        draw_curve(log, task.maxima)
 
 
 def items_of_step(items, config, step):
@@ -838,12 +867,50 @@ def items_of_step(items, config, step):
     return found
 
 
-def evaluate_task(config, task, policies):
-    """Metrics on the held-out items, and one episode: of the first node of this process's last turn."""
+def evaluate_task(config, task, policies, log=None, step=None):
+    """Metrics on the held-out items, and an episode of the first one. With a log, both go there."""
+    # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
+    calls = math.ceil(len(task.eval_items) / world.num_replicas / 32) * config.turns * len(policies)
+    calls *= 1 + config.max_new_tokens
+    form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    hidden = world.rank > 0 or None  # None: a file gets no bar
+    with tqdm(total=calls, bar_format=form, leave=False, disable=hidden) as bar:
+        # "and None": what a hook returns would replace the output of the model.
+        hooks = [policy.model.register_forward_hook(lambda *_: bar.update() and None) for policy in policies]
+        turns, metrics = evaluate(policies, task, task.eval_items, config)
+        for hook in hooks:
+            hook.remove()
+    episode = episode_of(task, turns) if turns else None
     if world.rank == 0:
-        print(f"evaluating on {len(task.eval_items)} held-out items", flush=True)
-    turns, metrics = evaluate(policies, task, task.eval_items, config)
-    return metrics, episode_of(task, turns[-1][0]) if turns else None
+        reward, best = metrics["reward"], task.maxima["total"]
+        tqdm.write(f"held out {reward:.2f} of {float(best)} ({100 * reward / best:.1f} %)")
+    if world.rank == 0 and log:
+        log.metrics(step, metrics, "eval/")
+        if step in (0, config.steps):
+            log.append("samples", {"step": step, "when": "after" if step else "before"} | episode)
+        draw_curve(log, task.maxima)
+    return metrics, episode
+
+
+def ask(config, task, policies):
+    """Print what the agents answer to the text of --ask, and what that earns."""
+    text, names = config.ask, [field.split("|")[0] for field in task.fields]
+    try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif os.path.isfile(text):
+            text = Path(text).read_text(encoding="utf-8")
+        row = {names[0]: text} if len(names) == 1 else dict(json.loads(text))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
+        raise UserError(f"--ask cannot be read as {wanted}: {first_line(error)}") from error
+    item = check_item(row, task.fields, {}, "--ask")
+    try:
+        turns, _ = evaluate(policies, task, [item], dataclasses.replace(config, eval_group=1))
+    except KeyError as error:
+        raise UserError(f"the task {config.task} cannot judge --ask without the field {error}") from error
+    if world.rank == 0:
+        print(show_episode(episode_of(task, turns), task.maxima))
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -866,9 +933,10 @@ def catch_signals():
             sys.exit(128 + number)
         caught.append(time.monotonic())
         at_once = world.may_stop and world.size == 1  # several processes stop together, after the step
-        when = "now" if at_once else "after this step"
+        when = f"saving {'now' if at_once else 'after this step'}; a second one ends without saving"
+        when += "; the traceback that follows is torchrun's own" if echo else ""
         with contextlib.suppress(OSError):  # the terminal may have gone
-            print(f"\n{signal.Signals(number).name}: saving {when}; a second one ends without saving", file=sys.stderr)
+            print(f"\n{signal.Signals(number).name}: {when}", file=sys.stderr)
         if at_once:
             raise Interrupted
 
@@ -879,7 +947,7 @@ def catch_signals():
 
 
 def finish(config, task, policies, before, after):
-    """Save the agents, draw the curve, print the table."""
+    """Save the agents, show the held-out item before and after training, print the table."""
     folder = Path(config.out)
     failed = None
     for policy in policies if world.replica == 0 else ():
@@ -890,9 +958,9 @@ def finish(config, task, policies, before, after):
             except Exception as error:  # the others, the curve and the table must not be lost
                 failed = error
     if world.rank == 0:
-        draw_curve(folder, task.maxima)
-        for heading, (_, episode) in {"before": before, "after": after}.items():
-            print(f"\n--- a held-out item, {heading} training\n{show_episode(episode)}")
+        first = before[1] | {"prompts": task.prompts(task.eval_items[0], [])}
+        print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
+        print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
         print_table({"before": before[0], "after": after[0]}, task.maxima)
     if failed:
         raise failed
@@ -946,7 +1014,11 @@ def main(argv=None):
         if several and (rank > 0 or code == 1):
             # The first process to exit makes torchrun kill the rest. Let the most useful message come first.
             time.sleep(2)
-        print(f"error: {f'rank {rank}: ' if several else ''}{message}", file=sys.stderr)
+        line = f"error: {f'rank {rank}: ' if several else ''}{message}"
+        print(line, file=sys.stderr)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun prints at the end of its own report
+            details = {"py_callstack": line, "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}), encoding="utf-8")
         return code
     finally:
         for number, handler in signals.items():
