@@ -56,7 +56,7 @@ class Settings:
     joint: Literal["aligned", "crossed"] = "aligned"  # pair the g-th completions of all agents, or form all pairs
     temperature: float = 0.8  # sampling temperature; it is a part of the policy, in training and in evaluation
     max_new_tokens: int = 80  # longest completion, in tokens
-    seed: int = 0  # of everything that is sampled
+    seed: int = 0  # random seed of everything that is sampled
     eval_group: int = 2  # completions of each agent for one held-out item
     # turns
     num_agents: int = 2  # agents (N); 1 is GRPO
@@ -66,7 +66,7 @@ class Settings:
     guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
     # update
     lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 6e-4 for adapters
-    rank: int = 16  # of the adapters that --weights adapters trains
+    rank: int = 16  # rank of the adapters that --weights adapters trains
     warmup: int = 8  # optimizer steps in which the learning rate rises
     advantage: Literal["std", "mean", "rloo", "max", "raw"] = "std"  # baseline and scale of the advantage
     minibatches: int = 0  # optimizer steps per pass over a rollout; 0: one for each item of the step

@@ -71,7 +71,7 @@ class Config(Settings):
     # task
     task: str = "writing"  # what the agents do: schelling, writing, arxiv, coding, or FILE.py:CLASS of your own
     data: str = ""  # FILE.jsonl, FILE.jsonl.gz or HUB/NAME[:CONFIG][:SPLIT], then [:FIELD=ITS_NAME_THERE,...]
-    skip_bad: bool = False  # leave out problems whose own solution does not pass, instead of refusing the data
+    skip_bad: bool = False  # coding: leave out problems whose own solution does not pass, instead of refusing the data
     views: Literal["same", "halves"] = "same"  # schelling: agents read the same text, or parts that overlap
     # turns
     protocol: Literal[PROTOCOLS] = "parallel"  # who reads the others' answers: nobody; the next agent; all, next turn
@@ -79,19 +79,19 @@ class Config(Settings):
     history: Literal["full", "last"] = "full"  # which earlier turns a prompt includes
     visible_tests: int = 1  # how many tests of a coding problem feedback may show
     expert_url: str = ""  # OpenAI-compatible server for --feedback expert; its key: $EXPERT_API_KEY
-    expert_model: str = ""  # name of the model there
+    expert_model: str = ""  # name of the model at --expert-url
     expert_timeout: float = 120.0  # seconds to wait for the expert in each turn
     # model
     model: str = "smollm2"  # folder, Hub name or smollm2: one for all agents, or one for each, separated by commas
     weights: Literal["separate", "shared", "adapters"] = "separate"  # a model each, one for all, or an adapter each
     template: str = ""  # arguments of the chat template, such as enable_thinking=false; separated by commas
     agents: str = ""  # start from the agents of the run in this folder, instead of --model
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; the optimizer works in float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # number format of the models; the optimizer's is float32
     # update
     steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
     checkpointing: bool = False  # gradient checkpointing: less memory, a third slower
     # run
-    layout: Literal["together", "apart"] = "together"  # of processes: each plays all agents, or each plays one agent
+    layout: Literal["together", "apart"] = "together"  # what each of several processes plays: all agents, or one
     out: str = ""  # folder of the run; default: runs/TASK, or runs/TASK-2, ... if that exists
     resume: str = ""  # continue the interrupted run in this folder; auto: continue the run in --out, or start one
     eval_only: bool = False  # evaluate, do not train; with --agents, as in their run unless told otherwise
@@ -99,9 +99,9 @@ class Config(Settings):
     eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
     show_every: int = 5  # print a joint episode every so many steps
     save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always when interrupted
-    keep: int = 2  # newest checkpoints to keep
+    keep: int = 2  # how many checkpoints to keep, the newest
     log: Literal["", "tensorboard", "wandb"] = ""  # also log to an installed package
-    started: float = 0.0  # when the run began, in seconds since 1970; 0: now
+    started: float = 0.0  # when the run began, for templates that write the date: seconds since 1970; 0: now
 
 
 SECTIONS = "task model rollout turns update run".split()  # of --help, most used first
