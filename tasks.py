@@ -436,12 +436,12 @@ class Schelling(Task):
 
     default_data, fields = "posts.jsonl", ("prompt",)
     maxima = {"total": 1.0, "named": 0.2, "agreement": 0.8}
-    defaults = {"weights": "adapters", "lr": 1.2e-3, "group": 8, "max_new_tokens": 8, "temperature": 1.0}
+    defaults = {"weights": "adapters", "lr": 8e-4, "steps": 15, "group": 8, "max_new_tokens": 8, "temperature": 1.0}
     agents_allowed = range(2, 5)
     length = 22  # words of the text
 
     def first_prompts(self, item):
-        return [f"{view}\n\nThe most important word of this text is:" for view in self.views_of(item)]
+        return [f"{view}\n\nRepeat one word of this text." for view in self.views_of(item)]
 
     def views_of(self, item):
         """The text that each agent reads."""
