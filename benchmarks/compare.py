@@ -141,6 +141,7 @@ def main(argv=None):
     table, curves = [], {}
     for number, (options, paths) in enumerate(groups.items(), 1):
         values = [json.loads(options).get(name, "") for name in names]
+        values = ["none" if value == "" else value for value in values]
         members = ", ".join(map(str, paths))
         table.append([number, members, *values])
         said = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
