@@ -201,21 +201,22 @@ def main(isolated: bool, root: bool, modules: list[str]) -> None:
     """What the bare Python runs: fork the guests, then read the job; report in lines of JSON."""
     os.environ.clear()
     sys.set_int_max_str_digits(50_000)  # numbers cross in decimal; more digits would be slow, deep in C
-    guest.linux("prctl", guest.PR_SET_PDEATHSIG, signal.SIGKILL)
+    guest.linux("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the judge ends with the trainer
     # Guests cannot read files. Names that are not ASCII need unicodedata, long numbers need _pylong.
     always = ["unicodedata"] if sys.version_info < (3, 12) else ["unicodedata", "_pylong"]
     for name in always + modules:
         __import__(name)
     if isolated:
         folder = os.getcwd()
-        guest.linux("mount", b"none", folder.encode(), b"tmpfs", guest.MS_NOSUID_NODEV_NOEXEC, b"size=4m,nr_inodes=1k")
+        nosuid_nodev_noexec = 2 | 4 | 8
+        guest.linux("mount", b"none", folder.encode(), b"tmpfs", nosuid_nodev_noexec, b"size=4m,nr_inodes=1k")
         os.chdir(folder)  # into the mount; until now "." is what lies below it
         for kind in ("shmmni", "msgmni"):  # System V's memory belongs to no process, so MEMORY would not bound it
             with contextlib.suppress(OSError), open("/proc/sys/kernel/" + kind, "w") as file:
                 file.write("0")
     guest.limit(AS=MEMORY, CPU=CPU_SECONDS, FSIZE=0, CORE=0)  # files of 0 bytes only
     guests = [guest.start(root) for _ in range(GUESTS)]
-    guest.linux("prctl", guest.PR_SET_DUMPABLE, 0)  # from here on no process of the same user may look into our memory
+    guest.linux("prctl", 4, 0)  # PR_SET_DUMPABLE: from here on no process of the same user may look into our memory
     # A lone surrogate in the text of an exception would break tokenizers and logs.
     report = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tests may print
