@@ -2940,7 +2940,7 @@ def test_a_run_says_how_much_it_is_and_shows_one_item_before_and_after(files, tm
     printed = capsys.readouterr().out
     assert "2 steps x 2 prompts x 9 joint actions (crossed) = 36 joint samples in the first turn" in printed
     assert "minutes to go, 1 evaluation(s) included" in printed
-    first, *episodes, last = train.read_lines(out / "samples.jsonl")
+    *episodes, first, last = train.read_lines(out / "samples.jsonl")
     assert [(first["step"], first["when"]), (last["step"], last["when"])] == [(0, "before"), (2, "after")]
     for episode in (first, *episodes, last):
         keys = {"step", "prompts", "texts", "reward", "earlier"}

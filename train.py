@@ -512,7 +512,7 @@ class Log:
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             if path.exists():  # drop what came after the checkpoint: those steps run again
                 lines = path.read_bytes().splitlines(keepends=True)
-                lines = [line for line in lines if json.loads(line)["step"] <= step and b'"when": "after"' not in line]
+                lines = [line for line in lines if json.loads(line)["step"] <= step and b'"when": "' not in line]
                 with replacing(path) as partial:
                     partial.write_bytes(b"".join(lines))
         if config.log == "tensorboard":
@@ -831,6 +831,8 @@ def train(config, task, policies):
     if world.size > 1:
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
     if after:
+        for when, at, (_, episode) in (("before", 0, extra["before"]), ("after", step, after)):
+            log.append("samples", {"step": at, "when": when} | (episode or {}))
         finish(config, task, policies, extra["before"], after)
     if world.rank == 0:
         done = f"everything is in {folder}/, the curve in {folder}/curve.png"
@@ -886,8 +888,6 @@ def evaluate_task(config, task, policies, log=None, step=None):
         tqdm.write(f"held out {reward:.2f} of {float(best)} ({100 * reward / best:.1f} %)")
     if world.rank == 0 and log:
         log.metrics(step, metrics, "eval/")
-        if step in (0, config.steps):
-            log.append("samples", {"step": step, "when": "after" if step else "before"} | episode)
         draw_curve(log, task.maxima)
     return metrics, episode
 
