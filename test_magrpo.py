@@ -1609,7 +1609,7 @@ def test_rows_of_other_forms_just_work(tmp_path):
     path.write_text("\n".join([json.dumps(mbpp)] * 4))
     task = tasks.TASKS["coding"](2, str(path))
     item = task.train_items[0]
-    assert item["entry_point"] == "add" and task.prompts(item, [])[1].startswith("Add one.")
+    assert item["entry_point"] == "add" and "\n\nAdd one.\n\n" in task.prompts(item, [])[1]
     assert task.reward(item, [], [AUX, mbpp["code"]])["passed"] == 1.0
     bad = mbpp | {"code": mbpp["code"].replace("+ 1", "+ 2")}
     path.write_text("\n".join([json.dumps(bad), *[json.dumps(mbpp)] * 4]))
@@ -2885,7 +2885,10 @@ def test_a_report_shows_what_was_said_and_runs_none_of_it(short_run, tmp_path, m
         out = shutil.copytree(short_run, tmp_path / f"run{len(pages)}")
         turn = {"texts": [said, None], "reward": {"total": 0.5, "detail": {said: said}}}
         last = turn | {"step": 2, "prompts": [None, said], "texts": [None, said], "earlier": [turn]}
-        with open(out / "samples.jsonl", "a") as file:
+        said_in_training = train.read_lines(out / "samples.jsonl")[:-2]  # without the item before and after it
+        with open(out / "samples.jsonl", "w") as file:
+            for record in said_in_training:
+                file.write(json.dumps(record) + "\n")
             for when in ("before", "after"):
                 file.write(json.dumps(last | {"when": when}) + "\n")
             file.write('{"step": 3, "prompts": ["half a li')
@@ -2969,6 +2972,13 @@ class Terminal(io.StringIO):
         return True
 
 
+class Eager(train.tqdm):
+    """A bar that is drawn at every call, not only ten times a second."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options, mininterval=0, miniters=1)
+
+
 def test_watching_an_evaluation_changes_nothing(files, capsys, monkeypatch):
     """For minutes nothing moved. The first bar that did replaced the output of the model by True."""
     config = train.Config(model=files["llama"], data=files["posts"], max_new_tokens=12, dtype="float32")
@@ -2978,6 +2988,7 @@ def test_watching_an_evaluation_changes_nothing(files, capsys, monkeypatch):
     reward = unseen[0]["reward"]
     assert f"held out {reward:.2f} of 3.0 ({100 * reward / 3:.1f} %)" in capsys.readouterr().out.splitlines()
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(train, "tqdm", Eager)
     seen = train.evaluate_task(config, task, policies)
     assert "%|" in sys.stderr.getvalue() and seen[1] == unseen[1] and seen[0]["reward"] == reward
     assert not any(policy.model._forward_hooks for policy in policies)

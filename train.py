@@ -34,7 +34,8 @@ from types import SimpleNamespace
 from typing import Literal, get_args
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    print("magrpo: loading PyTorch, data and models", file=sys.stderr)  # the imports below take seconds
+    with contextlib.suppress(OSError):  # nobody may read it
+        os.write(2, b"magrpo: loading PyTorch, data and models\n")  # the imports below take seconds
 
 import numpy as np
 import torch
