@@ -1852,6 +1852,18 @@ def test_tasks_and_protocols_bring_defaults_and_given_options_win():
     assert train.parse_args(["--protocol=discussion", "--turns=4"]).turns == 4
 
 
+@pytest.mark.parametrize("weights", ["separate", "adapters"])
+def test_trained_agents_are_evaluated_as_whole_models(tmp_path, weights):
+    """The game trains adapters, so an evaluation looked for adapters that a run with separate weights does not have."""
+    options = vars(train.Config(task="schelling", weights=weights, rank=4))
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    config = train.parse_args(["--eval-only", f"--agents={tmp_path}"])
+    assert (config.task, config.weights, config.rank) == ("schelling", weights, 4), "of a checkpoint, as they are"
+    (tmp_path / "agent_0").mkdir()
+    assert train.parse_args(["--eval-only", f"--agents={tmp_path}"]).weights == "separate"
+    assert train.parse_args(["--eval-only", f"--agents={tmp_path}", "--weights=adapters"]).weights == "adapters"
+
+
 @pytest.mark.parametrize(("given", "message"), {
     "--protocol=sequential --turns=1": "--turns 2 or more",
     "--protocol=discussion --turns=1": "--turns 2 or more",

@@ -224,6 +224,9 @@ def evaluated_config(given):
     taken = {name: saved[name] for name in TAKEN_FROM_AGENTS if name not in given}
     if "protocol" in given:
         taken.pop("turns", None)  # how many turns there are depends on it
+    # Trained agents are whole models, whatever the run trained. A checkpoint is not.
+    ended = (Path(given["agents"]) / "agent_0").exists()
+    taken |= {"weights": "separate" if ended else saved["weights"], "rank": saved["rank"]}
     changed = {name: value for name, value in taken.items() if value != getattr(Config, name) and name != "started"}
     if changed and int(os.environ.get("RANK", 0)) == 0:
         said = " ".join(f"{flag(name)} {value}" for name, value in changed.items())
