@@ -56,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 torch.set_num_threads(1)
 # Every command line asks for the source of its options; up to Python 3.12, that parses whole files.
 inspect.getsource = functools.cache(inspect.getsource)
-train.parse_args([])  # fills the cache, also that of the processes which are forked below
+train.parse_args([])  # fills the cache, before processes are forked
 ROOT = Path(magrpo.__file__).parent
 TEXT = """<unk> <stop> . because however first then if when so but although similarly indeed overall the a my we you it
 is was of to and in on for with from post text summary work house car dog cat friend money week day city road river tree
@@ -1634,7 +1634,7 @@ def test_output_that_nobody_can_read_stops_nothing(files, tmp_path, monkeypatch)
     posts = tmp_path / "posts.jsonl"
     posts.write_text("\n".join([json.dumps({"prompt": "dog \U0001f600"})] * 4))
     reader, writer = os.pipe()
-    os.close(reader)
+    os.close(reader)  # as `head` does
     with open(writer, "w", encoding="latin-1") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
@@ -1897,7 +1897,7 @@ WAIT = 600  # seconds, on a machine that is busy
 
 
 def run_forked(main, arguments, log, environ):
-    """What a process does that starts with main(arguments); what it prints goes to a log."""
+    """What a process does: main(arguments), with all that is printed in a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -1906,16 +1906,16 @@ def run_forked(main, arguments, log, environ):
 
 
 @pytest.fixture(scope="module")
-def fork():
-    """Start a process, which can be joined and has a pid and an exitcode."""
-    processes = []
+def fork(tmp_path_factory):
+    """A function that starts a process. It returns the process and the file that it prints to."""
+    processes, folder = [], tmp_path_factory.mktemp("printed")
 
-    def start(log, main, *arguments, **environ):
-        texts = {name: str(value) for name, value in environ.items()}
-        process = FORKS.Process(target=run_forked, args=(main, list(map(str, arguments)), log, texts))
-        process.start()
-        processes.append(process)
-        return process
+    def start(main, *arguments, **environ):
+        log = folder / str(len(processes))
+        environ = {name: str(value) for name, value in environ.items()}
+        processes.append(FORKS.Process(target=run_forked, args=(main, list(map(str, arguments)), log, environ)))
+        processes[-1].start()
+        return processes[-1], log
 
     yield start
     for process in processes:
@@ -1945,16 +1945,15 @@ def free_port():
 @pytest.fixture(scope="module")
 def ranks_runs(files, fork, tmp_path_factory):
     """Folders of the same run on one process and on several: 3 items a step, so that ranks get 2, 1 or none."""
-    root, processes = tmp_path_factory.mktemp("ranks"), {}
+    root, started = tmp_path_factory.mktemp("ranks"), []
     for name, (ranks, flags) in RANKS.items():
         model = files["llama"] if "adapters" in name else f"{files['llama']},{files['gpt2']}"
         options = {"model": model, "prompts": 3, "turns": 2, "steps": 1, "save-every": 1}
         command = arguments(files, root / name, *flags, **options)
         place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         for rank in range(ranks):
-            log = root / f"{name} {rank}.log"
-            processes[log] = fork(log, train.main, *command, **place, RANK=rank, LOCAL_RANK=rank)
-    for log, process in processes.items():
+            started.append(fork(train.main, *command, **place, RANK=rank, LOCAL_RANK=rank))
+    for process, log in started:
         process.join(WAIT)
         assert process.exitcode == 0, log.read_text()
     return {name: root / name for name in RANKS}
@@ -2018,13 +2017,13 @@ FAULTS = {
 
 def test_rank_that_fails_ends_the_job_and_is_named(files, fork, tmp_path):
     """Rank 1 died in a reward, and rank 0 waited for its gradients until the night was over."""
-    jobs = {}
+    jobs = []
     for n, fault in enumerate(FAULTS):
-        script, log = tmp_path / f"broken_{n}.py", tmp_path / f"{n}.log"
+        script = tmp_path / f"broken_{n}.py"
         script.write_text(BROKEN_TASK.format(fault=fault))
         flags = arguments(files, tmp_path / f"run_{n}", steps=100)
-        jobs[log] = fork(log, torch.distributed.run.main, *TORCHRUN, "--nproc_per_node=2", script, *flags)
-    for (log, job), messages in zip(jobs.items(), FAULTS.values(), strict=True):
+        jobs.append(fork(torch.distributed.run.main, *TORCHRUN, "--nproc_per_node=2", script, *flags))
+    for (job, log), messages in zip(jobs, FAULTS.values(), strict=True):
         job.join(WAIT)
         printed = log.read_text()
         assert job.exitcode and all(message in printed for message in messages), printed
@@ -2056,10 +2055,10 @@ sys.exit(train.main())
 
 def test_the_same_command_starts_a_run_and_goes_on_after_a_kill(files, fork, calm_run, tmp_path):
     """torchrun started the command again, and the run began anew in another folder, or in somebody else's."""
-    out, script, log = (tmp_path / name for name in ("run", "script.py", "log"))
+    out, script = tmp_path / "run", tmp_path / "killed_twice.py"
     script.write_text(KILLED_TWICE)
     flags = arguments(files, out, "--save-every=1", "--eval-every=2", "--resume=auto", steps=4)
-    job = fork(log, torch.distributed.run.main, *TORCHRUN, "--max-restarts=2", script, *flags)
+    job, log = fork(torch.distributed.run.main, *TORCHRUN, "--max-restarts=2", script, *flags)
     job.join(WAIT)
     assert job.exitcode == 0 and log.read_text().count("exitcode: -9") == 2, log.read_text()
     assert_equal_runs(out, calm_run)
@@ -2087,9 +2086,8 @@ def test_signal_saves_and_a_second_one_insists(files, fork, tmp_path):
     """Ctrl-C lost an hour of training; a second one was taken for an echo of the first, and the step took minutes."""
     out, jobs, logs = tmp_path / "once", {}, {}
     for name, prompts in {"once": 2, "twice": 12}.items():
-        logs[name] = tmp_path / f"{name}.log"
         flags = arguments(files, tmp_path / name, prompts=prompts, steps=100_000)
-        jobs[name] = fork(logs[name], train.main, *flags)
+        jobs[name], logs[name] = fork(train.main, *flags)
     for name, signals in {"once": [signal.SIGHUP], "twice": [signal.SIGTERM, signal.SIGINT]}.items():
         while jobs[name].is_alive() and not (tmp_path / name / "samples.jsonl").exists():  # after the first step
             time.sleep(0.05)
@@ -2394,7 +2392,8 @@ def test_ordinary_answers_are_judged_alike_in_parallel():
     """A whole step is judged at once; an answer got the verdict of its neighbour."""
     items = [item for item in human_eval().values() if item["task_id"] != "HumanEval/32"][:32]
     solutions = [item["prompt"] + item["canonical_solution"] for item in items]
-    results = rewards.judge_many(list(zip([AUX, "no helper"] * 16, solutions, items, strict=True)))
+    helpers = [AUX, "no helper"] * 16
+    results = rewards.judge_many(list(zip(helpers, solutions, items, strict=True)))
     assert [result["total"] for result in results] == pytest.approx([2.5, 2.1] * 16)
 
 
