@@ -51,7 +51,7 @@ class Settings:
     """The options of the algorithm. train.py adds those of a run, and builds the command line from both."""
 
     # rollout
-    prompts: int = 4  # items per step
+    prompts: int = 4  # items in one step; every agent has a prompt for each
     group: int = 4  # completions of each agent for one prompt (G)
     joint: Literal["aligned", "crossed"] = "aligned"  # pair the g-th completions of all agents, or form all pairs
     temperature: float = 0.8  # sampling temperature; it is a part of the policy, in training and in evaluation
@@ -73,7 +73,7 @@ class Settings:
     epochs: int = 1  # passes over a rollout
     clip_eps: float = 0.2  # lower clip bound of the ratio to the sampling policy: 1 - this
     clip_eps_high: float = 0.2  # upper clip bound: 1 + this
-    kl: float = 0.0  # weight of the KL penalty, to a frozen copy of the initial policy; to the bare model with adapters
+    kl: float = 0.0  # weight of the KL penalty to the initial policy, a frozen copy; with adapters, the bare model
     frozen: str = ""  # numbers of agents that do not learn, separated by commas
     normalize: Literal["sequence", "token", "constant"] = "sequence"  # what the loss is a mean over
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -106,7 +106,7 @@ class Group:
     turn: int
     prompt: list  # P token ids
     stream: tuple  # integers that seed the group's random numbers
-    dropped_turns: int = 0  # turns of the history that the prompt left out; what follows is filled in later
+    dropped_turns: int = 0  # turns of the history that the prompt left out. The fields below are filled in later
     tokens: torch.Tensor = None  # (G, C) ids; what follows a stop token has no meaning
     mask: torch.Tensor = None  # (G, C) True on what the policy chose, its stop token included
     logp: torch.Tensor = None  # (G, C) log-probabilities at the time of sampling, 0 where the mask is False
@@ -250,7 +250,7 @@ def update(policy, groups, num_items, cfg, metrics):
     on_policy = True
     for m in list(range(count)) * cfg.epochs:
         if not learners[m]:
-            continue  # and make no optimizer step: Adam's momentum would move the weights without a gradient
+            continue  # nothing to learn; a step would move the weights all the same, by Adam's momentum
         for batch in micro_batches(minibatches[m], cfg, policy.model.device):
             with torch.no_grad():
                 logp_ref = token_logprobs(policy.reference, batch, cfg) if cfg.kl else None
@@ -274,10 +274,10 @@ def set_weights(groups, cfg):
 
     Turns weigh the same, however many nodes they have. Within a turn, cfg.normalize says what the loss is a mean over:
     "sequence", completions, each a mean over its tokens; "token", all tokens; "constant", completions, each a sum over
-    its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Completions with advantage 0 count, too.
+    its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Those with advantage 0 are counted, too.
     """
     totals = torch.zeros(3, cfg.num_agents, cfg.turns, dtype=torch.float64)
-    completions, tokens, teaching = totals
+    completions, tokens, teaching = totals  # views: what they count is in totals
     for group in groups:
         place = group.agent, group.turn
         completions[place] += len(group.tokens)
@@ -291,7 +291,8 @@ def set_weights(groups, cfg):
         lengths = group.mask.sum(1, keepdim=True) if cfg.normalize == "sequence" else cfg.max_new_tokens
         divisor = tokens[place] if cfg.normalize == "token" else lengths * completions[place]
         group.weight = (group.mask / (divisor * turns[group.agent])).float()
-    return (completions if cfg.kl else teaching).sum(1).nonzero()[:, 0].tolist()
+    learns = completions if cfg.kl else teaching  # the KL penalty teaches without an advantage, too
+    return learns.sum(1).nonzero()[:, 0].tolist()
 
 
 def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):

@@ -150,7 +150,7 @@ class Task:
 
     default_data = None  # file in data/
     fields = ()  # text fields that every item must have
-    held_out = 32  # so many of the last items are for evaluation, but at most a quarter of all, and at least one
+    held_out = 32  # how many items are for evaluation, from the end of the data; at most a quarter, at least one
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     defaults = {}  # options of a sensible run of this task, by name, where they differ from those of all tasks
     agents_allowed = range(1, 100)
@@ -190,9 +190,9 @@ class Task:
         """The N prompts of a turn; None for an agent that is silent in it.
 
         Every agent reads its first prompt, then its earlier answers, each followed by its feedback. The protocol says
-        what else. parallel, the paper's: nothing, no agent ever reads another one's answer. discussion: all answer in
-        every turn and, from the second one on, read the others' last answers. sequential: they take turns, agent 0
-        first, and each reads the others' last answers.
+        what comes before that. parallel, the paper's: nothing, no agent ever reads another one's answer. discussion:
+        all answer in every turn and, from the second one on, read the others' last answers. sequential: they take
+        turns, agent 0 first, and each reads the others' last answers.
         """
         prompts = []
         for agent, prompt in enumerate(self.first_prompts(item)):
@@ -210,7 +210,7 @@ class Task:
         turns = [t for t, turn in enumerate(history) if turn["texts"][agent] is not None]
         parts = []
         for t in turns if self.history == "full" else turns[-1:]:
-            # An agent's sequential answer is judged together with those that follow it.
+            # In a sequence, the feedback is that of the turn in which the last agent of the round answered.
             judged = t + self.num_agents - 1 if self.protocol == "sequential" else t
             remark = self.remark(item, history[min(judged, len(history) - 1)], agent)
             parts.append(f"\n\nYour previous answer:\n{history[t]['texts'][agent]}\n\n{remark}")
@@ -429,9 +429,9 @@ class Arxiv(TwoParts):
 class Schelling(Task):
     """Name the same word of a text as the others, without seeing their answers (a focal point, after T. Schelling).
 
-    To name any word of the text pays 0.2; if all agents name the same one, it pays 0.8 more. So form alone earns 20 %
-    of the reward, and the rest has to be agreed on. With `views` "halves", each agent reads another part of the text,
-    and only a word that all of them have read counts.
+    0.2 is paid in proportion to the agents that name a word which all have read, and 0.8 more if it is the same one. So
+    form alone earns 20 % of the reward, and the rest has to be agreed on. With `views` "halves", each agent reads
+    another two thirds of the text.
     """
 
     default_data, fields = "posts.jsonl", ("prompt",)
