@@ -1870,6 +1870,7 @@ def test_trained_agents_are_evaluated_as_whole_models(tmp_path, weights):
     "--frozen=2": "--frozen 2",
     "--frozen=0,1": "--frozen 0,1",
     "--frozen=one": "--frozen one",
+    "--frozen=1 --weights=shared": "--weights shared",
 }.items())  # fmt: skip
 def test_protocols_and_frozen_agents_that_cannot_work_are_refused(given, message):
     with pytest.raises(UserError, match=message):

@@ -261,6 +261,8 @@ def check_config(config):
         raise UserError(f"--frozen {config.frozen} must name some agents, not all, such as 1 or 0,2")
     if config.weights != "separate" and "," in config.model:
         raise UserError(f"--weights {config.weights} means one model; --model names several")
+    if config.weights == "shared" and config.frozen:
+        raise UserError("--weights shared means one model for all agents; --frozen cannot keep one of them as it is")
     if config.weights == "shared" and config.layout == "apart":
         raise UserError("--weights shared means one model; --layout apart gives each agent its own")
     if config.feedback == "expert" and not config.expert_model:
