@@ -60,7 +60,7 @@ class Settings:
     eval_group: int = 2  # completions of each agent for one held-out item
     # turns
     num_agents: int = 2  # agents (N); 1 is GRPO
-    turns: int = 1  # most turns of an item; between two, the agents read feedback
+    turns: int = 1  # most turns of an item; by default one for each agent if sequential, two in a discussion
     discount: float = 1.0  # gamma, the discount of the next turn's return
     stop_above: float = float("inf")  # a node whose mean reward is above this is good enough: do not continue it
     guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
@@ -132,7 +132,8 @@ class Node:
 
     def joint_texts(self, k):
         """The N texts of joint action k."""
-        return [self.texts[agent] and self.texts[agent][g] for agent, g in enumerate(self.pairing[k])]
+        said = [self.texts[agent] for agent in range(len(self.texts))]
+        return [None if texts is None else texts[g] for texts, g in zip(said, self.pairing[k], strict=True)]
 
 
 def rollout(policies, task, items, cfg, step):
@@ -195,7 +196,7 @@ def continue_node(task, node, cfg):
     """The nodes of the next turn: a child for each joint action that is not done, unless the node is good enough."""
     if np.mean([reward["total"] for reward in node.rewards]) > cfg.stop_above:
         return []
-    most = cfg.group ** (len(node.texts) if cfg.joint == "crossed" else 1)  # joint actions of a node
+    most = cfg.group ** (len(node.texts) if cfg.joint == "crossed" else 1)  # K where nobody is silent
     for k, reward in enumerate(node.rewards):
         history = [*node.history, {"texts": node.joint_texts(k), "reward": reward}]
         if not task.done(node.item, history):
@@ -1134,17 +1135,18 @@ def record_ratio(metrics, logp, batch, cfg, on_policy):
 
 
 EVALUATION = 2**32  # takes the place of the step in random streams: no training step reaches it
+AT_ONCE = 32  # held-out items in one rollout of an evaluation
 
 
-def evaluate(policies, task, items, cfg, at_once=32):
+def evaluate(policies, task, items, cfg):
     """A rollout on held-out items, eval_group answers each. Returns (turns of the first items, metrics)."""
     metrics = Metrics()
     first = []
     cfg = replace(cfg, group=cfg.eval_group, joint="aligned")
     mine = world.share(items)
-    for i in range(0, len(mine), at_once):
+    for i in range(0, len(mine), AT_ONCE):
         start = time.perf_counter()
-        turns = rollout(policies, task, mine[i : i + at_once], cfg, EVALUATION)
+        turns = rollout(policies, task, mine[i : i + AT_ONCE], cfg, EVALUATION)
         assign_credit(turns, cfg)
         record_rollout(metrics, turns, time.perf_counter() - start, len(items))
         first = first or turns

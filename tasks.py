@@ -454,12 +454,14 @@ class Schelling(Task):
         return [" ".join(words[start : start + 2 * third + 1]) for start in starts]
 
     def reward(self, item, history, texts):
-        known = [set(content_words(view)) for view in self.views_of(item)]
-        shared = set.intersection(*known)
-        named = [next((word for word in content_words(text) if word in shared), None) for text in texts]
-        found = [word for word in named if word]
-        agree = len(found) == len(texts) and len(set(found)) == 1
-        parts = {"named": 0.2 * len(found) / len(texts), "agreement": 0.8 * agree}
+        views = self.views_of(item)
+        shared = set(content_words(views[0])).intersection(*map(content_words, views[1:]))
+        named = []
+        for text in texts:
+            words = [word for word in content_words(text) if word in shared]
+            named += words[:1]
+        agree = len(named) == len(texts) and len(set(named)) == 1
+        parts = {"named": 0.2 * len(named) / len(texts), "agreement": 0.8 * agree}
         return {"total": sum(parts.values()), **parts}
 
 

@@ -1469,7 +1469,8 @@ def files(tmp_path_factory):
     lines["unsolvable"] = [json.dumps(solution), *[json.dumps(problem | {"prompt": text}) for text in texts]]
     templates = {"textless": "hello", "raising": "{{ raise_exception('no') }}"}
     templates |= {"stopping": "{{ messages[0]['content'] }}<stop>"}
-    templates |= {"dated": "{{ strftime_now('%S') }} {{ messages[0]['content'] }}"}
+    # its first word is another one in almost every microsecond
+    templates["dated"] = f"{{{{ {WORDS[2:]}[strftime_now('%f') | int % {V - 2}] }}}} {{{{ messages[0]['content'] }}}}"
     templates["thinking"] = "{{ messages[0]['content'] }} {% if enable_thinking %} first {% else %} then {% endif %}"
     for name, template in templates.items():
         shutil.copytree(root / "llama", root / name)
@@ -1588,7 +1589,6 @@ def test_templates_write_the_date_of_the_run(files, tmp_path):
     """A template that writes the date made two prompts of one, and the run was no longer the same when it went on."""
     out = tmp_path / "run"
     assert train.main(arguments(files, out, "--save-every=1", model=files["dated"], steps=1)) == 0
-    time.sleep(1.1)
     assert train.main([f"--resume={out}", "--steps=2"]) == 0
 
 
@@ -1788,6 +1788,13 @@ class NoPart(Couplet):
     def reward(self, item, history, texts):
         return {"total": 0.5}
 
+class TextPart(Couplet):
+    def reward(self, item, history, texts):
+        return {"total": 0.5, "rhyme": "good"}
+
+class NoMaximum(Couplet):
+    maxima = {"total": 0}
+
 class Raising(Couplet):
     def reward(self, item, history, texts):
         return {"total": item["answer"]}
@@ -1806,7 +1813,9 @@ Other = 5
     "my_task.py:Three": "Three makes ['dog', 'dog', 'dog']",
     "my_task.py:Typo": "gruop",
     "my_task.py:NoTotal": "NoTotal",
-    "my_task.py:NoPart": "NoPart: maxima names total, rhyme, its reward has total",
+    "my_task.py:NoPart": "NoPart: maxima names total, rhyme, its reward has the numbers total",
+    "my_task.py:TextPart": "TextPart: maxima names total, rhyme, its reward has the numbers total",
+    "my_task.py:NoMaximum": "NoMaximum: maxima must be numbers above 0",
     "my_task.py:Raising": "Raising fails on its first item: KeyError: 'answer'",
     "my_task.py:Other": "no class Other",
     "my_task.py:Missing": "no class Missing",
@@ -2099,6 +2108,7 @@ def test_signal_saves_and_a_second_one_insists(files, fork, tmp_path):
     assert jobs["once"].exitcode == 0 and f"--resume {out}" in printed and "SIGHUP: saving" in printed, printed
     assert jobs["twice"].exitcode in (130, 143) and "Traceback" not in others, others
     done = train.read_lines(out / "metrics.jsonl")[-1]["step"]
+    assert (out / "checkpoints" / f"step_{done:07d}").exists()
     assert train.main([f"--resume={out}", f"--steps={done + 1}"]) == 0
     steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
     assert steps == list(range(1, done + 2)), "no step is missing or there twice"

@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
 from magrpo import (
+    AT_ONCE,
     Node,
     Policy,
     Settings,
@@ -75,7 +76,7 @@ class Config(Settings):
     skip_bad: bool = False  # coding: leave out problems whose own solution does not pass, instead of refusing the data
     views: Literal["same", "halves"] = "same"  # schelling: agents read the same text, or parts that overlap
     # turns
-    protocol: Literal[PROTOCOLS] = "parallel"  # who reads the others' answers: nobody; the next agent; all, next turn
+    protocol: Literal[PROTOCOLS] = "parallel"  # sequential: each reads those before it; discussion: all read all
     feedback: Literal[FEEDBACK] = "plain"  # what agents read between turns
     history: Literal["full", "last"] = "full"  # which earlier turns a prompt includes
     visible_tests: int = 1  # how many tests of a coding problem feedback may show
@@ -432,9 +433,12 @@ def check_reward(task):
         raise
     except Exception as error:
         raise UserError(f"the task {name} fails on its first item: {type(error).__name__}: {error}") from error
-    missing = [part for part in task.maxima if part not in reward]
-    if "total" not in task.maxima or missing:
-        raise UserError(f"the task {name}: maxima names {', '.join(task.maxima)}, its reward has {', '.join(reward)}")
+    numbers = [part for part, value in reward.items() if isinstance(value, (int, float))]
+    if "total" not in task.maxima or set(task.maxima) - set(numbers):
+        said = f"maxima names {', '.join(task.maxima)}, its reward has the numbers {', '.join(numbers)}"
+        raise UserError(f"the task {name}: {said}")
+    if not all(isinstance(most, (int, float)) and most > 0 for most in task.maxima.values()):
+        raise UserError(f"the task {name}: maxima must be numbers above 0, not {task.maxima}")
     above = [part for part, most in task.maxima.items() if reward[part] > most]
     return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima" if above else ""
 
@@ -837,9 +841,7 @@ def train(config, task, policies):
     if world.size > 1:
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
     if after:
-        for when, at, (_, episode) in (("before", 0, extra["before"]), ("after", step, after)):
-            log.append("samples", {"step": at, "when": when} | (episode or {}))
-        finish(config, task, policies, extra["before"], after)
+        finish(config, task, policies, log, extra["before"], after)
     if world.rank == 0:
         done = f"everything is in {folder}/, the curve in {folder}/curve.png"
         stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
@@ -853,9 +855,9 @@ def one_step(config, task, policies, step, log, bar):
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
     log.metrics(step, metrics)
-    lengths = [f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents)]
-    numbers = metrics["reward"], float(task.maxima["total"]), "/".join(lengths), metrics["sample_tokens_per_s"]
-    bar.set_postfix_str("reward {:.2f} of {}, {} tokens, {:.0f}/s".format(*numbers), refresh=False)
+    reward = f"reward {metrics['reward']:.2f} of {float(task.maxima['total'])}"
+    lengths = "/".join(f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents))
+    bar.set_postfix_str(f"{reward}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s", refresh=False)
     bar.update()
     if metrics["truncated"] == 1:
         log.warn(bar, "every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
@@ -878,8 +880,8 @@ def items_of_step(items, config, step):
 def evaluate_task(config, task, policies, log=None, step=None):
     """Metrics on the held-out items, and an episode of the first one. With a log, both go there."""
     # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
-    calls = math.ceil(len(task.eval_items) / world.num_replicas / 32) * config.turns * len(policies)
-    calls *= 1 + config.max_new_tokens
+    rollouts = math.ceil(len(task.eval_items) / world.num_replicas / AT_ONCE)
+    calls = rollouts * config.turns * len(policies) * (1 + config.max_new_tokens)
     form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     hidden = world.rank > 0 or None  # None: a file gets no bar
     with tqdm(total=calls, bar_format=form, leave=False, disable=hidden) as bar:
@@ -900,7 +902,8 @@ def evaluate_task(config, task, policies, log=None, step=None):
 
 def ask(config, task, policies):
     """Print what the agents answer to the text of --ask, and what that earns."""
-    text, names = config.ask, [field.split("|")[0] for field in task.fields]
+    text = config.ask
+    names = [field.split("|")[0] for field in task.fields]
     try:
         if text == "-":
             text = sys.stdin.read()
@@ -952,7 +955,7 @@ def catch_signals():
     return caught
 
 
-def finish(config, task, policies, before, after):
+def finish(config, task, policies, log, before, after):
     """Save the agents, show the held-out item before and after training, print the table."""
     folder = Path(config.out)
     failed = None
@@ -968,6 +971,8 @@ def finish(config, task, policies, before, after):
         print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
         print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
         print_table({"before": before[0], "after": after[0]}, task.maxima)
+        log.append("samples", {"step": 0, "when": "before"} | before[1])
+        log.append("samples", {"step": config.steps, "when": "after"} | after[1])
     if failed:
         raise failed
 

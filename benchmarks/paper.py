@@ -64,7 +64,7 @@ def read_run(folder):
     """(metrics of all evaluations, tokens generated in training) of a run; None if it has not ended."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = train.read_lines(folder / "metrics.jsonl")
     except FileNotFoundError:
         return None
     evaluations = [line for line in lines if "eval/reward" in line]
@@ -140,7 +140,8 @@ def write(folder, table):
     figure.savefig(folder / "paper.png", dpi=120, bbox_inches="tight")
 
 
-def main():
+def compare():
+    """Make all runs, then the table. Raises UserError for what cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--task", default="writing", help="of train.py (writing)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
@@ -148,13 +149,12 @@ def main():
     parser.add_argument("--rows", default="; ".join(ROWS), help="only some rows, separated by semicolons")
     args, others = parser.parse_known_args()
     common = ["--task", args.task, *others]
-    try:
-        runs = options_of_runs(common)
-        maxima = find_task(args.task).maxima
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    rows = {row: source for row, source in ROWS.items() if row in args.rows.split("; ")}
+    runs = options_of_runs(common)
+    maxima = find_task(args.task).maxima
+    chosen = [row.strip() for row in args.rows.split(";")]
+    if args.seeds < 1 or not set(chosen) <= set(ROWS):
+        raise UserError(f"--seeds must be 1 or more, and --rows some of: {'; '.join(ROWS)}")
+    rows = {row: source for row, source in ROWS.items() if row in chosen}
     folder = args.out or Path("runs") / f"paper-{args.task.rpartition(':')[2].lower()}"
     needed = [name for name in runs if name in {run for run, _ in rows.values()}]
     table = {row: {} for row in rows}
@@ -170,6 +170,14 @@ def main():
             for column, value in columns.items():
                 table[row].setdefault(column, []).append(float(value))
         write(folder, table)
+
+
+def main():
+    try:
+        compare()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
