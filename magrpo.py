@@ -65,7 +65,9 @@ class Settings:
     stop_above: float = float("inf")  # a node whose mean reward is above this is good enough: do not continue it
     guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
     # update
+    steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
     lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 6e-4 for adapters
+    anneal: bool = False  # lower the learning rate to 0 in the course of the run, instead of keeping it
     rank: int = 16  # rank of the adapters that --weights adapters trains
     warmup: int = 8  # optimizer steps in which the learning rate rises
     advantage: Literal["std", "mean", "rloo", "max", "raw"] = "std"  # baseline and scale of the advantage
@@ -91,7 +93,7 @@ def train_step(policies, task, items, cfg, step):
         groups = []
         for node in itertools.chain(*turns):
             groups += [node.groups[agent] for agent in policy.agents if agent in node.groups]
-        update(policy, groups, len(items), cfg, metrics)
+        update(policy, groups, len(items), cfg, metrics, step)
     metrics.add("update_s", time.perf_counter() - sampled)
     record_rollout(metrics, turns, sampled - start, len(items))
     return turns, metrics.of_all_processes()
@@ -239,7 +241,7 @@ def group_advantages(returns, pairing, cfg):
     return advantage.masked_fill(spread <= 1e-9 * credit.abs().amax(-1, keepdim=True), 0.0).float()
 
 
-def update(policy, groups, num_items, cfg, metrics):
+def update(policy, groups, num_items, cfg, metrics, step):
     """Raise the probability of a policy's good completions: an optimizer step for each minibatch, in each epoch."""
     count = cfg.minibatches or num_items
     minibatches = [[] for _ in range(count)]
@@ -265,7 +267,7 @@ def update(policy, groups, num_items, cfg, metrics):
             loss.backward()  # losses of micro-batches add up, because the weights are those of the whole minibatch
             policy.collect_gradients()
             record_ratio(metrics, logp.detach(), batch, cfg, on_policy)
-        for agent, norm in policy.step(cfg.max_grad_norm, learners[m]).items():
+        for agent, norm in policy.step(learners[m], cfg, step).items():
             metrics.add(f"grad_norm/agent_{agent}", norm)
         on_policy = False
 
@@ -374,7 +376,6 @@ class Policy:
         for p in model.parameters() if dtype != torch.float32 else ():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
         self.lr = cfg.lr or (6e-4 if adapters else 6e-5)
-        self.warmup = cfg.warmup
         if train:
             groups = [{"params": masters, "steps": 0} for masters in self.masters.values()]
             self.optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.0, fused=True)
@@ -421,8 +422,8 @@ class Policy:
         if self.masters[self.agents[0]] is not self.trained:
             self.model.zero_grad(set_to_none=True)
 
-    def step(self, max_grad_norm, learners):
-        """One optimizer step, with the gradient clipped to a norm -> {agent: the norm that it had}.
+    def step(self, learners, cfg, step):
+        """One optimizer step in a training step, with the gradient clipped to a norm -> {agent: the norm that it had}.
 
         With adapters, each agent has a norm and a step of its own, and only those in `learners` make a step: Adam's
         momentum would move the others without a gradient.
@@ -434,11 +435,13 @@ class Policy:
                     master.grad = None
                 continue
             world.sum_gradients(masters)
-            norms[agent] = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm).item()
+            norms[agent] = torch.nn.utils.clip_grad_norm_(masters, cfg.max_grad_norm).item()
             if not np.isfinite(norms[agent]):
                 raise FloatingPointError(f"the gradient norm of agent {agent} is {norms[agent]}")
-            # Adam's first steps move every weight by the whole learning rate, however small its gradient.
-            group["lr"] = self.lr * min(1, (group["steps"] + 1) / (self.warmup + 1))
+            # Adam's first steps move every weight by the whole learning rate, however small its gradient. The last
+            # ones decide what remains of the noise in the gradients.
+            warm = min(1, (group["steps"] + 1) / (cfg.warmup + 1))
+            group["lr"] = self.lr * warm * (1 - (step - 1) / cfg.steps if cfg.anneal else 1)
             group["steps"] += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -153,6 +153,7 @@ class Task:
     held_out = 32  # how many items are for evaluation, from the end of the data; at most a quarter, at least one
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     defaults = {}  # options of a sensible run of this task, by name, where they differ from those of all tasks
+    tuned = {}  # more of them, which were found for the default model and one turn, and apply to these alone
     agents_allowed = range(1, 100)
     feedback_allowed = ("plain", "level", "expert")
     revise = "Improve it. Reply with the new answer only."  # always the end of the feedback
@@ -402,6 +403,7 @@ class Writing(TwoParts):
     """TLDR, with the roles of the paper: a brief summary of a forum post beside a detailed one."""
 
     default_data, fields = "posts.jsonl", ("prompt",)
+    tuned = {"weights": "adapters", "joint": "crossed", "anneal": True, "steps": 16}
     scores = staticmethod(tldr_reward)
     parts = (
         "In one short sentence, what is this post about?",

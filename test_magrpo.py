@@ -108,9 +108,9 @@ def build_tokenizer(words=WORDS):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def build_policy(family="llama", agents=(0,), seed=0, *, lr=None, warmup=0, stop_ids=None, model=None, **options):
+def build_policy(family="llama", agents=(0,), seed=0, *, lr=None, stop_ids=None, model=None, **options):
     """A policy that trains if it is given a learning rate."""
-    model, cfg = model or build(family, seed), Settings(lr=lr or 1.0, warmup=warmup)
+    model, cfg = model or build(family, seed), Settings(lr=lr or 1.0)
     policy = Policy(model, build_tokenizer(), agents, cfg, train=lr is not None, **options)
     if stop_ids is not None:
         policy.stop_ids = list(stop_ids)
@@ -206,13 +206,13 @@ def step(policies, task=None, items=ITEMS, number=1, **options):
     return magrpo.train_step(policies, task, items, settings(num_agents=task.num_agents, **options), number)
 
 
-def fit(policies, turns, metrics=None, **options):
+def fit(policies, turns, metrics=None, step=1, **options):
     """Update the policies with the completions of a rollout."""
     cfg = settings(turns=len(turns), **options)
     if options.keys() & {"advantage"}:
         magrpo.assign_credit(turns, cfg)
     for policy in policies:
-        magrpo.update(policy, groups_of(turns, policy.agents), len(turns[0]), cfg, metrics or Metrics())
+        magrpo.update(policy, groups_of(turns, policy.agents), len(turns[0]), cfg, metrics or Metrics(), step)
 
 
 def steps_of(policies, turns, **options):
@@ -848,14 +848,23 @@ def test_tiny_steps_reach_the_float32_masters():
 
 def test_warmup_scales_the_first_steps():
     """Adam's first step moves every weight by the whole learning rate: the start of a run undid what it had found."""
-    policy = build_policy(lr=1e-2, warmup=3)
+    policy = build_policy(lr=1e-2)
     before, turns = [m.detach().clone() for m in masters_of(policy)], grow([policy])
     for number in range(1, 6):
-        fit([policy], turns)
+        fit([policy], turns, warmup=3)
         assert policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * min(1, number / 4))
         if number == 1:
             moved = max((m - b).abs().max().item() for m, b in zip(masters_of(policy), before, strict=True))
             assert moved == pytest.approx(1e-2 / 4, rel=1e-3)
+
+
+def test_an_annealed_learning_rate_falls_over_the_steps_of_the_run():
+    """A run ended on whatever side of the best weights its last noisy steps had thrown it."""
+    policy = build_policy(lr=1e-2)
+    turns = grow([policy])
+    for number in range(1, 6):
+        fit([policy], turns, step=number, steps=5, anneal=True)
+        assert policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * (6 - number) / 5)
 
 
 def test_first_ratio_is_one():
@@ -1856,6 +1865,11 @@ def test_tasks_and_protocols_bring_defaults_and_given_options_win():
         tasks.Schelling.defaults["max_new_tokens"],
     )
     assert train.parse_args([]).turns == 1
+    tuned = tasks.Writing.tuned
+    assert train.parse_args([]).steps == train.parse_args(["--model=smollm2"]).steps == tuned["steps"]
+    assert train.parse_args(["--weights=shared"]).weights == "shared"
+    for other in ("--model=folder", "--agents=folder", "--turns=2"):
+        assert train.parse_args([other]).joint != tuned["joint"], "tuned for the default model and one turn alone"
     assert train.parse_args(["--protocol=discussion"]).turns == 2
     assert train.parse_args(["--protocol=sequential", "--task=coding", "--num-agents=3"]).turns == 3
     assert train.parse_args(["--protocol=discussion", "--turns=4"]).turns == 4

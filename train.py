@@ -90,7 +90,6 @@ class Config(Settings):
     agents: str = ""  # start from the agents of the run in this folder, instead of --model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # number format of the models; the optimizer's is float32
     # update
-    steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
     checkpointing: bool = False  # gradient checkpointing: less memory, a third slower
     # run
     layout: Literal["together", "apart"] = "together"  # what each of several processes plays: all agents, or one
@@ -145,19 +144,24 @@ def make_parser():
 def defaults_of(field):
     """What an option is if it is not given, for --help."""
     values = [] if field.default == "" else [str(field.default)]
-    values += [f"{name} {task.defaults[field.name]}" for name, task in TASKS.items() if field.name in task.defaults]
+    for name, task in TASKS.items():
+        if field.name in task.defaults:
+            values.append(f"{name} {task.defaults[field.name]}")
+        if field.name in task.tuned:
+            values.append(f"{name} with smollm2 {task.tuned[field.name]}")
     return f" ({'; '.join(values)})" if values else ""
 
 
 def config_of(given):
     """The given options and, for the others, the defaults of the task and of the protocol."""
-    defaults = dict(find_task(given.get("task", Config.task)).defaults)
-    num_agents = given.get("num_agents", defaults.get("num_agents", Config.num_agents))
-    protocol = given.get("protocol", defaults.get("protocol", Config.protocol))
-    if protocol != "parallel":
-        defaults["turns"] = num_agents if protocol == "sequential" else 2
+    task = find_task(given.get("task", Config.task))
+    options = vars(Config()) | task.defaults | given
+    if options["protocol"] != "parallel" and "turns" not in given:
+        options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
+    if options["model"] == Config.model and not options["agents"] and options["turns"] == 1:
+        options |= task.tuned | given
     try:
-        return Config(**defaults | given)
+        return Config(**options)
     except TypeError as error:
         raise UserError(f"the task {given['task']} has a wrong option in its defaults: {first_line(error)}") from error
 

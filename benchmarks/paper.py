@@ -149,6 +149,10 @@ def compare():
     parser.add_argument("--rows", default="; ".join(ROWS), help="only some rows, separated by semicolons")
     args, others = parser.parse_known_args()
     common = ["--task", args.task, *others]
+    # All rows have the paper's pairing and a constant learning rate, and the same weights: a task's tuned options would
+    # apply to some of them only.
+    weights = train.parse_args(common).weights
+    common = ["--joint", "aligned", "--no-anneal", "--weights", weights, *common]
     runs = options_of_runs(common)
     maxima = find_task(args.task).maxima
     chosen = [row.strip() for row in args.rows.split(";")]
