@@ -29,6 +29,7 @@ tokens, C completion tokens, V vocabulary, D head dimension, Hkv key heads.
 
 import contextlib
 import copy
+import ctypes
 import itertools
 import re
 import time
@@ -355,6 +356,7 @@ class Policy:
 
     def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True, adapters=None):
         """adapters: None, or for each agent the tensors of the adapter that it starts with; {} for a new one."""
+        keep_freed_memory()
         prepare_layers(model)
         self.model, self.tokenizer, self.agents, self.dtype = model, tokenizer, list(agents), dtype
         self.stop_ids = known_stop_ids(model, tokenizer)
@@ -522,9 +524,10 @@ class Adapters:
         """The forward hook of a linear layer."""
         if self.columns is None:
             return out
-        hidden = F.linear(inputs[0], layer.down.flatten(0, 1))  # (rows, T, N * r)
-        update = (hidden * self.columns.view_as(hidden)) @ layer.up.flatten(0, 1)
-        return torch.add(out, update, alpha=self.alpha / self.rank)
+        hidden = F.linear(inputs[0].flatten(0, 1), layer.down.flatten(0, 1)) * self.columns  # (tokens, N * r)
+        # In place while sampling: in a decode step, out may be a transposed matrix (see Linear), slow to copy.
+        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+        return add(out.flatten(0, 1), hidden, layer.up.flatten(0, 1), alpha=self.alpha / self.rank).view_as(out)
 
     @torch.no_grad()
     def merged(self, model, i):
@@ -564,6 +567,15 @@ def without_thoughts(text):
     """The answer of a model that thinks first: what follows its thoughts, or nothing if they do not end."""
     text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
     return "" if "<think>" in text else text
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory, instead of giving it back to the system: on a CPU, a fifth of an update."""
+    with contextlib.suppress(OSError, AttributeError):  # only on Linux, and not with every C library
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, too
 
 
 def prepare_layers(model):
@@ -629,7 +641,9 @@ def fit_prompt(policy, task, agent, node, cfg):
     The ids are None if the task gives the agent no prompt: it is silent in this turn.
     """
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
-    for dropped in range(len(node.history) + 1):
+    # Where agents take turns, a history without its first round leaves everyone's turn where it is.
+    turns_at_once = task.num_agents if getattr(task, "protocol", "") == "sequential" else 1
+    for dropped in range(0, len(node.history) + 1, turns_at_once):
         prompt = task.prompts(node.item, node.history[dropped:])[agent]
         if prompt is None and dropped == 0:
             return None, 0

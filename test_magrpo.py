@@ -219,7 +219,7 @@ def steps_of(policies, turns, **options):
     """What `update` brings to each optimizer step of each policy: the gradient, and the weights of the batches."""
     steps, weights, loss = {}, [], magrpo.policy_loss
 
-    def keep(policy, max_grad_norm, learners):
+    def keep(policy, learners, cfg, step):
         gradient = torch.cat([master.grad.flatten() for master in masters_of(policy)])
         steps.setdefault(policy, []).append((gradient, weights.copy()))
         policy.optimizer.zero_grad()
