@@ -221,11 +221,10 @@ class Task:
         parts = []
         for t, turn in enumerate(history):
             answer = turn["texts"][agent]
-            if answer is None:
-                continue
-            if self.protocol == "sequential":  # it is judged with the answers of the others, when the round is over
-                turn = history[t : t + self.num_agents][-1]
-            parts.append(f"\n\nYour previous answer:\n{answer}\n\n{self.remark(item, turn, agent)}")
+            if answer is not None:
+                # In a sequence, an answer is judged with those of the others, when the round is over.
+                judged = history[t : t + self.num_agents][-1] if self.protocol == "sequential" else turn
+                parts.append(f"\n\nYour previous answer:\n{answer}\n\n{self.remark(item, judged, agent)}")
         return "".join(parts if self.history == "full" else parts[-1:])
 
     def remark(self, item, turn, agent):
@@ -271,6 +270,7 @@ class Task:
         if self.protocol != "sequential":
             return self.reward_all(jobs)
         jobs = [(item, history, standing_answers(history, texts)) for item, history, texts in jobs]
+        # Those that are complete are judged at once. The rewards then go back to their places.
         complete = [job for job in jobs if None not in job[2]]
         judged = iter(self.reward_all(complete))
         return [{"total": 0.0} if None in texts else next(judged) for _, _, texts in jobs]
@@ -313,13 +313,13 @@ class Expert:
 
     def warning(self):
         """Ask something simple, to say at the start that the expert does not answer."""
-        ((_, reason),) = self.ask_all(["Say hello."], 1)
+        ((_, reason),) = self.ask_all(["Say hello."], 1, tries=1)
         reached = reason in (None, "ValueError")  # another form of answer is an answer
         return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
 
     def advise(self, questions, num_agents):
         """N texts for each question; None if the expert fails, is late or ignores the form."""
-        replies = self.ask_all(questions, num_agents)
+        replies = self.ask_all(questions, num_agents, self.tries)
         advice = [texts for texts, _ in replies]
         reasons = {reason for _, reason in replies if reason}
         if reasons:
@@ -327,12 +327,12 @@ class Expert:
             print(f"warning: the expert failed: {failed}", file=sys.stderr)
         return advice
 
-    def ask_all(self, questions, num_agents):
+    def ask_all(self, questions, num_agents, tries):
         """What `ask` returns for each question. All are asked at once, and late replies are not waited for."""
         replies = [(None, "no answer in time")] * len(questions)
 
         def ask(i):
-            replies[i] = self.ask(questions[i], num_agents)
+            replies[i] = self.ask(questions[i], num_agents, tries)
 
         # Daemon threads, not an executor: nothing waits for a server that never answers.
         threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
@@ -346,7 +346,7 @@ class Expert:
         constants.HF_HUB_OFFLINE = offline
         return list(replies)  # a copy: a thread that is late writes to the other one
 
-    def ask(self, question, num_agents):
+    def ask(self, question, num_agents, tries):
         """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
         form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
         task = (
@@ -354,7 +354,7 @@ class Expert:
             f"write the whole answer. Reply in this form:\n{form}"
         )
         messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
-        for pause in range(self.tries):
+        for pause in range(tries):
             time.sleep(pause)  # a busy server gets more time before each new try
             try:
                 reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
