@@ -470,13 +470,22 @@ def check_prompts(config, task, policies):
 
 # ---------------------------------------------------------------- what a run writes
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, last=True):
     """Yield the path of a file or folder to write. When it is whole on the disk, it takes the place of an older one.
 
     A kill leaves the older one in place or, in the very last moment, as NAME.old. It may also leave NAME.partial.
+    Where several processes write to one folder, a single one is the last, and puts it in its place.
     """
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
-    yield partial
+    try:
+        yield partial
+    except BaseException:  # the disk may be full
+        remove = shutil.rmtree if partial.is_dir() else os.remove
+        with contextlib.suppress(OSError):
+            remove(partial)
+        raise
+    if not last:
+        return
     for part in [partial, *partial.rglob("*")]:
         if part.is_file():
             with open(part, "rb+") as file:
@@ -588,7 +597,6 @@ def draw_curve(log, maxima):
         with replacing(log.folder / "curve.png") as partial:
             figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
     except Exception as error:  # the disk may be full: the run goes on without its curve
-        (log.folder / "curve.png.partial").unlink(missing_ok=True)
         log.warn(f"curve.png could not be drawn: {first_line(error)}")
 
 
@@ -628,25 +636,16 @@ def fingerprint(task, policies):
 
 
 def save_checkpoint(config, step, policies, extra):
-    """Write checkpoints/step_N under another name, rename it when it is whole, delete the oldest. Returns the step."""
+    """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
     place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
-    partial = place.with_name(f"{place.name}.partial")
-    if world.rank == 0:
-        for old in place.parent.glob("*.partial"):  # of saves that were killed
-            shutil.rmtree(old)
-        partial.mkdir(parents=True)
-    world.barrier()
-    try:
+    with replacing(place, last=world.rank == 0) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
         for policy in policies if world.replica == 0 else ():
             torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
-        raise
-    world.barrier()
+        world.barrier()
     if world.rank == 0:
-        with replacing(place):
-            pass  # all processes have written their part
-        for old in checkpoints_in(config.out)[: -config.keep]:
+        killed = place.parent.glob("*.partial")
+        for old in [*killed, *checkpoints_in(config.out)[: -config.keep]]:
             shutil.rmtree(old)
     return step
 
@@ -669,14 +668,12 @@ def load_checkpoint(config, policies, expected):
     folder = Path(config.out)
     if not checkpoints_in(folder):
         if len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
-            new = f"--agents {folder} starts a new run from it"
-            raise UserError(f"--resume {folder}: it has ended without a checkpoint; {new}")
+            raise UserError(f"{folder} has ended without a checkpoint; --agents {folder} starts a new run from it")
         return {}
     for policy in policies:
         state = read_checkpoint(folder, policy)
         if state["fingerprint"] != expected:
-            said = "data, prompts or tokenizer have changed"
-            raise UserError(f"--resume {folder} would not continue the same run: {said}")
+            raise UserError(f"--resume {folder} is another run now: data, prompts or tokenizer have changed")
         if state["step"] > config.steps:
             raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
         policy.load_state(state)
@@ -781,9 +778,10 @@ def train(config, task, policies):
     mark = fingerprint(task, policies)
     checkpoint = load_checkpoint(config, policies, mark) if config.resume else {}
     step = checkpoint.get("step", 0)
-    before, after = checkpoint.get("before"), None
     saved = checkpoint.get("step")  # the step of the newest checkpoint
     saved_at = time.monotonic()
+    before = checkpoint.get("before")
+    after = None
     log = None
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
