@@ -401,7 +401,8 @@ def unfinished_run(config):
 
 def load_adapters(config, agents):
     """The model that the adapters of some agents belong to, in a list, and the tensors of each adapter."""
-    kinds, starts = set(), []
+    kinds = set()
+    starts = []
     missing = f"--agents {config.agents} has no adapters (--weights separate starts from it)"
     with refusing(missing, (OSError, ValueError, KeyError, SafetensorError)):
         for agent in agents:
@@ -417,7 +418,8 @@ def load_adapters(config, agents):
 
 def check_reward(task):
     """Refuse a task whose reward does not work, on answers of one word. Returns a warning, or ""."""
-    name, item = type(task).__name__, task.train_items[0]
+    name = type(task).__name__
+    item = task.train_items[0]
     with refusing(f"the task {name} fails on its first item"):
         prompts = task.prompts(item, [])
         texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
@@ -474,9 +476,10 @@ def replacing(path, last=True):
     """Yield the path of a file or folder to write. When it is whole on the disk, it takes the place of an older one.
 
     A kill leaves the older one in place or, in the very last moment, as NAME.old. It may also leave NAME.partial.
-    Where several processes write to one folder, a single one is the last, and puts it in its place.
+    last: False in all but one of several processes that write to the same folder.
     """
-    partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    partial = path.with_name(f"{path.name}.partial")
+    old = path.with_name(f"{path.name}.old")
     try:
         yield partial
     except BaseException:  # the disk may be full
