@@ -26,7 +26,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections import defaultdict
 from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,25 +48,24 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
-from magrpo import (
-    AT_ONCE,
-    Node,
-    Policy,
-    Settings,
-    UserError,
-    checked_rewards,
-    evaluate,
-    first_line,
-    fit_prompt,
-    out_of_memory,
-    train_step,
-    world,
-)
+import magrpo
+from magrpo import Policy, Settings, UserError, evaluate, first_line, out_of_memory, train_step, world
 from tasks import FEEDBACK, PROTOCOLS, TASKS, Expert, check_item, find_task
 
 
+@contextlib.contextmanager
+def refusing(what, kinds=Exception):
+    """Turn errors of some kinds into one line for the user: what is wrong, and why."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+
+
 # ---------------------------------------------------------------- options
-@dataclass
+@dataclasses.dataclass
 class Config(Settings):
     """All options of a run. Each field here and in Settings is an option, and its comment is the option's help."""
 
@@ -111,7 +110,8 @@ FREE_ON_RESUME = """resume steps save_every keep show_every eval_every log layou
 TAKEN_FROM_AGENTS = """task data skip_bad views template num_agents protocol turns feedback history visible_tests
     expert_url expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount
     started""".split()
-MAY_BE_ZERO = "started lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches".split()
+MAY_BE_ZERO = """started lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches
+    stop_above""".split()
 UNBOUNDED = "started seed stop_above max_grad_norm clip_eps clip_eps_high".split()
 
 
@@ -160,10 +160,8 @@ def config_of(given):
         options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
     if options["model"] == Config.model and not options["agents"] and options["turns"] == 1:
         options |= task.tuned | given
-    try:
+    with refusing(f"the task {options['task']} has a wrong option in its defaults", TypeError):
         return Config(**options)
-    except TypeError as error:
-        raise UserError(f"the task {given['task']} has a wrong option in its defaults: {first_line(error)}") from error
 
 
 def parse_args(argv):
@@ -179,7 +177,7 @@ def parse_args(argv):
     if given.get("resume"):
         config = resumed_config(given)
     elif given.get("eval_only") and given.get("agents"):
-        config = evaluated_config(given)
+        config = config_of(options_of_agents(given) | given)
     else:
         config = config_of(given)
     check_config(config)
@@ -189,13 +187,10 @@ def parse_args(argv):
 def saved_options(folder):
     """The options of the run in a folder, by name."""
     path = Path(folder) / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        config = Config(**saved)
-    except OSError as error:
-        raise UserError(f"{folder}: no run there, {path}: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not the config.json of a run: {first_line(error)}") from error
+    with refusing(f"{folder}: no run there", OSError):
+        content = path.read_bytes()
+    with refusing(f"{path} is not the config.json of a run", (ValueError, TypeError, RecursionError)):
+        config = Config(**json.loads(content))
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         choices = get_args(field.type)
@@ -210,46 +205,50 @@ def resumed_config(given):
     saved = saved_options(given["resume"])
     if given.get("dtype") == "auto":
         del given["dtype"]  # saved is what auto became
-    changed = [name for name, value in given.items() if name not in FREE_ON_RESUME and saved[name] != value]
-    if saved["weights"] == "adapters" and given.get("layout", saved["layout"]) != saved["layout"]:
-        changed.append("layout")  # apart, each adapter has a checkpoint of its own
+    changed = []
+    for name, value in given.items():
+        # Adapters that live apart have a checkpoint each.
+        free = name in FREE_ON_RESUME and (name != "layout" or saved["weights"] != "adapters")
+        if value != saved[name] and not free:
+            changed.append(f"{flag(name)} was {saved[name]}, not {value}")
     if changed:
-        said = ", ".join(f"{flag(name)} was {saved[name]}, not {given[name]}" for name in changed)
-        raise UserError(f"--resume {given['resume']} would not continue the same run: {said}")
+        raise UserError(f"--resume {given['resume']} would not continue the same run: {', '.join(changed)}")
     return Config(**saved | given)
 
 
-def evaluated_config(given):
-    """The options of an evaluation of trained agents: those of their run, unless given."""
-    if not (Path(given["agents"]) / "config.json").exists():
-        return config_of(given)  # agents that were copied may come without it
-    saved = saved_options(given["agents"])
+def options_of_agents(given):
+    """For an evaluation of trained agents: the options of their run that are not given."""
+    folder = Path(given["agents"])
+    if not (folder / "config.json").exists():
+        return {}  # agents that were copied may come without it
+    saved = saved_options(folder)
     if given.get("task", saved["task"]) != saved["task"]:
-        return config_of(given)
+        return {}
     taken = {name: saved[name] for name in TAKEN_FROM_AGENTS if name not in given}
     if "protocol" in given:
         taken.pop("turns", None)  # how many turns there are depends on it
     # Trained agents are whole models, whatever the run trained. A checkpoint is not.
-    ended = (Path(given["agents"]) / "agent_0").exists()
-    taken |= {"weights": "separate" if ended else saved["weights"], "rank": saved["rank"]}
-    changed = {name: value for name, value in taken.items() if value != getattr(Config, name) and name != "started"}
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        said = " ".join(f"{flag(name)} {value}" for name, value in changed.items())
-        print(f"with the options of {given['agents']}: {said}", flush=True)
-    return config_of(taken | given)
+    taken["weights"] = "separate" if (folder / "agent_0").exists() else saved["weights"]
+    taken["rank"] = saved["rank"]
+    said = []
+    for name, value in taken.items():
+        if value != getattr(Config, name) and name != "started":
+            said.append(f"{flag(name)} {value}")
+    if said and int(os.environ.get("RANK", 0)) == 0:
+        print(f"with the options of {folder}: {' '.join(said)}", flush=True)
+    return taken
 
 
 def check_config(config):
     """Reject what cannot work, before anything is loaded."""
     for name, value in vars(config).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if type(value) not in (int, float):
             continue
         if math.isnan(value) or value >= 2**31 and name not in UNBOUNDED:
             raise UserError(f"{flag(name)} must be a number below 2**31, not {value}")
-        if name not in MAY_BE_ZERO and name != "stop_above" and value <= 0:
-            raise UserError(f"{flag(name)} must be greater than 0, not {value}")
-        if name in MAY_BE_ZERO and value < 0:
-            raise UserError(f"{flag(name)} must not be negative, but is {value}")
+        if value < 0 and name != "stop_above" or value == 0 and name not in MAY_BE_ZERO:
+            least = "0 or more" if name in MAY_BE_ZERO else "greater than 0"
+            raise UserError(f"{flag(name)} must be {least}, not {value}")
     if config.joint == "crossed" and config.num_agents * math.log2(config.group) > 20:
         raise UserError("--joint crossed makes more than a million joint actions of each prompt: lower --group")
     if config.group < 2 and not config.eval_only:
@@ -261,8 +260,8 @@ def check_config(config):
         raise UserError(f"--protocol {config.protocol} needs --turns {needed} or more")
     if config.protocol == "sequential" and config.feedback == "expert":
         raise UserError("--feedback expert advises agents that answer together: choose another --protocol")
-    frozen = {int(agent) if agent.isdigit() else -1 for agent in config.frozen.split(",") if config.frozen}
-    if not frozen < set(range(config.num_agents)):
+    frozen = set(filter(None, config.frozen.split(",")))
+    if not frozen < set(map(str, range(config.num_agents))):
         raise UserError(f"--frozen {config.frozen} must name some agents, not all, such as 1 or 0,2")
     if config.weights != "separate" and "," in config.model:
         raise UserError(f"--weights {config.weights} means one model; --model names several")
@@ -274,8 +273,8 @@ def check_config(config):
         raise UserError("--feedback expert needs --expert-url and --expert-model")
     if config.feedback == "expert" and not re.match(r"https?://[^@\s]+$", config.expert_url):
         raise UserError("--expert-url must be http://host/... or https://host/..., without a password")
-    spec = find_spec(config.log) if config.log else None
-    if config.log and not (spec and spec.origin):  # a folder of that name is a spec without origin
+    # A folder of that name would be found, too, but without an origin.
+    if config.log and not getattr(find_spec(config.log), "origin", None):
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
 
@@ -297,18 +296,15 @@ def default_model():
     partial = cache.with_name(f"{cache.name}.{os.getpid()}")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    try:
+    with contextlib.suppress(OSError):  # another process may have finished the same conversion
         partial.rename(cache)
-    except OSError:
-        shutil.rmtree(partial)
-        if not (cache / "config.json").exists():  # else another process has finished the same conversion
-            raise
+    shutil.rmtree(partial, ignore_errors=True)
     return cache
 
 
 def load_model(name, device, temperature=1.0):
     """Model in float32 and tokenizer, from a folder or the Hub."""
-    try:
+    with refusing(f"cannot load the model {name} (give a folder, a Hub name or smollm2)"):
         name = default_model() if name == "smollm2" else name
         model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
@@ -321,47 +317,39 @@ def load_model(name, device, temperature=1.0):
             for part in (model.config, model.generation_config, tokenizer):
                 part.save_pretrained(folder)
         return model.to(device), tokenizer
-    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        reason = first_line(error)
-        raise UserError(f"cannot load the model {name}: {reason}; give a folder, a Hub name or smollm2") from error
 
 
 def load_policies(config, device="cpu"):
     """The policies of this process: one for each of its agents, or a single one for all of them."""
     device = torch.device(device)
-    names = [name.strip() for name in config.model.split(",")]
-    starts = [{}] * config.num_agents
-    checkpoint = None
-    if config.agents and not (Path(config.agents) / "agent_0").exists():
-        names, checkpoint = interrupted_agents(config)
+    names = config.model.split(",")
+    adapters = [{}] * config.num_agents
+    unfinished = bool(config.agents) and not (Path(config.agents) / "agent_0").exists()
+    if unfinished:
+        names = unfinished_run(config)["model"].split(",")
     elif config.agents:
         names = trained_agents(config)
         if config.weights == "adapters":
-            names, starts = load_adapters(config, names)
+            names, adapters = load_adapters(config, names)
     if len(names) not in (1, config.num_agents):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
     mine = [world.peer] if config.layout == "apart" else list(range(config.num_agents))
     policies = []
     for agents in [[agent] for agent in mine] if config.weights == "separate" else [mine]:
-        model, tokenizer = load_model(names[agents[0] % len(names)], device, config.temperature)
-        adapters = [starts[agent] for agent in agents] if config.weights == "adapters" else None
-        keeps_copy = config.kl and not config.eval_only and not adapters
-        frozen = copy.deepcopy(model).requires_grad_(False) if keeps_copy else None
+        model, tokenizer = load_model(names[agents[0] % len(names)].strip(), device, config.temperature)
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
-        dtype = choose_dtype(config, device)
-        trains = not config.eval_only or checkpoint is not None
-        policies.append(Policy(model, tokenizer, agents, config, dtype, trains, adapters))
-        if checkpoint:
-            state = torch.load(checkpoint / f"agent_{agents[0]}.pt", map_location="cpu", weights_only=True)
-            policies[-1].load_masters(state["masters"])
-        policies[-1].template = template_options(config)
-        if frozen:
-            frozen.load_state_dict(model.state_dict())  # which a checkpoint may have changed
-            policies[-1].reference = Policy(frozen, tokenizer, agents, config, dtype, train=False)
+        starts = [adapters[agent] for agent in agents] if config.weights == "adapters" else None
+        trains = not config.eval_only or unfinished
+        policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), trains, starts)
+        policy.template = template_options(config)
+        if unfinished:
+            policy.load_masters(read_checkpoint(config.agents, policy)["masters"])
+        if config.kl and not config.eval_only and not starts:
+            policy.reference = copy.copy(policy)
+            policy.reference.model = copy.deepcopy(model).eval().requires_grad_(False)
+        policies.append(policy)
     return policies
 
 
@@ -388,7 +376,7 @@ def choose_dtype(config, device):
 def trained_agents(config):
     """Folders of the agents of an earlier run, as many as there are agents now."""
     folder = Path(config.agents)
-    found = sum(path.name[6:].isdigit() for path in folder.glob("agent_*"))
+    found = len(list(folder.glob("agent_*[0-9]")))
     if found != config.num_agents:
         raise UserError(f"--agents {folder} has {found} agents, and --num-agents is {config.num_agents}")
     options = folder / "config.json"  # agents that were copied may come without it
@@ -397,11 +385,10 @@ def trained_agents(config):
     return [f"{folder}/agent_{agent}" for agent in range(found)]
 
 
-def interrupted_agents(config):
-    """The models that an interrupted run began with, and the folder of its newest checkpoint."""
-    folder = Path(config.agents)
-    checkpoints = sorted((folder / "checkpoints").glob("step_???????"))
-    if not checkpoints:
+def unfinished_run(config):
+    """The options of the run in --agents, which was interrupted: its newest checkpoint holds its agents."""
+    folder = config.agents
+    if not checkpoints_in(folder):
         raise UserError(f"--agents {folder} has no agents and no checkpoint")
     saved = saved_options(folder)
     for name in ("num_agents", "weights", "layout", "rank"):
@@ -409,96 +396,99 @@ def interrupted_agents(config):
             raise UserError(f"--agents {folder} was interrupted: use it with {flag(name)} {saved[name]}")
     if saved["agents"]:
         raise UserError(f"--agents {folder} was interrupted, and began with --agents itself: finish it with --resume")
-    return [name.strip() for name in saved["model"].split(",")], checkpoints[-1]
+    return saved
 
 
 def load_adapters(config, agents):
     """The model that the adapters of some agents belong to, in a list, and the tensors of each adapter."""
-    try:
-        saved = [json.loads((Path(agent) / "adapter" / "adapter_config.json").read_text("utf-8")) for agent in agents]
-        starts = [load_file(Path(agent) / "adapter" / "adapter_model.safetensors") for agent in agents]
-        models = {each["base_model_name_or_path"] for each in saved}
-        ranks = {each["r"] for each in saved}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"--agents {config.agents} has no adapters: --weights separate starts from it") from error
-    if len(models) > 1 or ranks != {config.rank}:
-        raise UserError(f"--agents {config.agents} has adapters of rank {ranks} on {models}, --rank is {config.rank}")
-    return list(models), starts
+    kinds = set()
+    starts = []
+    missing = f"--agents {config.agents} has no adapters (--weights separate starts from it)"
+    with refusing(missing, (OSError, ValueError, KeyError, SafetensorError)):
+        for agent in agents:
+            folder = Path(agent) / "adapter"
+            saved = json.loads((folder / "adapter_config.json").read_bytes())
+            kinds.add((saved["base_model_name_or_path"], saved["r"]))
+            starts.append(load_file(folder / "adapter_model.safetensors"))
+    (model, rank), *others = kinds
+    if others or rank != config.rank:
+        raise UserError(f"--agents {config.agents} has adapters of models and ranks {kinds}, --rank is {config.rank}")
+    return [model], starts
 
 
 def check_reward(task):
     """Refuse a task whose reward does not work, on answers of one word. Returns a warning, or ""."""
-    name, item = type(task).__name__, task.train_items[0]
-    try:
+    name = type(task).__name__
+    item = task.train_items[0]
+    with refusing(f"the task {name} fails on its first item"):
         prompts = task.prompts(item, [])
         texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
-        reward = checked_rewards(task, [(item, [], texts)])[0]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the task {name} fails on its first item: {type(error).__name__}: {error}") from error
+        reward = magrpo.checked_rewards(task, [(item, [], texts)])[0]
     numbers = [part for part, value in reward.items() if isinstance(value, (int, float))]
-    if "total" not in task.maxima or set(task.maxima) - set(numbers):
+    if "total" not in task.maxima or not set(task.maxima) <= set(numbers):
         said = f"maxima names {', '.join(task.maxima)}, its reward has the numbers {', '.join(numbers)}"
         raise UserError(f"the task {name}: {said}")
-    if not all(isinstance(most, (int, float)) and most > 0 for most in task.maxima.values()):
-        raise UserError(f"the task {name}: maxima must be numbers above 0, not {task.maxima}")
-    above = [part for part, most in task.maxima.items() if reward[part] > most]
+    above = []
+    for part, most in task.maxima.items():
+        if not isinstance(most, (int, float)) or not most > 0:
+            raise UserError(f"the task {name}: maxima must be numbers above 0, not {task.maxima}")
+        if reward[part] > most:
+            above.append(part)
     return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima" if above else ""
 
 
 def check_prompts(config, task, policies):
     """Fail before training, not in the middle of it, on a task, a chat template or items that cannot work."""
-    name = type(task).__name__
-    first = {}
+    name = f"the task {type(task).__name__}"
+    always = max(len(task.eval_items), 64)
+    first = {}  # agent -> its first prompt and the tokens of that
     for n, item in enumerate([*task.eval_items, *task.train_items]):
         where = getattr(item, "where", "an item")
-        try:
+        with refusing(f"{name} makes no prompts of {where}"):
             prompts = task.prompts(item, [])
-        except Exception as error:
-            raise UserError(f"the task {name} makes no prompts of {where}: {type(error).__name__} {error}") from error
-        kinds = {type(prompt) for prompt in prompts} if isinstance(prompts, list) else set()
+        kinds = set(map(type, prompts)) if isinstance(prompts, list) else set()
         if not kinds or len(prompts) != task.num_agents or kinds - {str, list, type(None)}:
-            raise UserError(
-                f"the task {name} makes {prompts!r} for {task.num_agents} agents, not a list of as many texts"
-            )
+            raise UserError(f"{name} makes {prompts!r} for {task.num_agents} agents, not a list of as many texts")
         if kinds == {type(None)}:
-            raise UserError(f"the task {name} leaves all agents silent in the first turn of {where}")
+            raise UserError(f"{name} leaves all agents silent in the first turn of {where}")
         for policy in policies:
             # Of a large training set only items with many bytes are tokenized: a text has hardly more tokens.
             enough = policy.context - config.max_new_tokens - 256
             for agent in policy.agents:
-                looked_at = n < len(task.eval_items) or n < 64 or len(str(prompts[agent]).encode()) > enough
-                if looked_at and prompts[agent] is not None:
-                    check_prompt(config, policy, agent, Node(item, 0), task, first)
-
-
-def check_prompt(config, policy, agent, node, task, first):
-    """Refuse a prompt that the tokenizer spoils. first: agent -> the first prompt that was seen, and its tokens."""
-    where = getattr(node.item, "where", "an item")
-    prompt = task.prompts(node.item, [])[agent]
-    try:
-        ids, _ = fit_prompt(policy, task, agent, node, config)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except Exception as error:
-        raise UserError(f"the chat template of agent {agent} fails: {first_line(error)}") from error
-    other, other_ids = first.setdefault(agent, (prompt, ids))
-    if ids == other_ids and prompt != other:
-        raise UserError(f"the chat template of agent {agent} loses the text of its prompts")
-    if ids and ids[-1] in policy.stop_ids:
-        raise UserError(f"the prompts of agent {agent} end in a stop token: is the tokenizer that of the model?")
+                prompt = prompts[agent]
+                if prompt is None or n >= always and len(str(prompt).encode()) <= enough:
+                    continue
+                try:
+                    with refusing(f"the chat template of agent {agent} fails"):
+                        ids, _ = magrpo.fit_prompt(policy, task, agent, magrpo.Node(item, 0), config)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from error
+                other, other_ids = first.setdefault(agent, (prompt, ids))
+                if ids == other_ids and prompt != other:
+                    raise UserError(f"the chat template of agent {agent} loses the text of its prompts")
+                if ids and ids[-1] in policy.stop_ids:
+                    raise UserError(f"the prompts of agent {agent} end in a stop token: is the tokenizer the model's?")
 
 
 # ---------------------------------------------------------------- what a run writes
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, last=True):
     """Yield the path of a file or folder to write. When it is whole on the disk, it takes the place of an older one.
 
     A kill leaves the older one in place or, in the very last moment, as NAME.old. It may also leave NAME.partial.
+    last: False in all but one of several processes that write to the same folder.
     """
-    partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
-    yield partial
+    partial = path.with_name(f"{path.name}.partial")
+    old = path.with_name(f"{path.name}.old")
+    try:
+        yield partial
+    except BaseException:  # the disk may be full
+        remove = shutil.rmtree if partial.is_dir() else os.remove
+        with contextlib.suppress(OSError):
+            remove(partial)
+        raise
+    if not last:
+        return
     for part in [partial, *partial.rglob("*")]:
         if part.is_file():
             with open(part, "rb+") as file:
@@ -515,15 +505,14 @@ def read_lines(path):
 
 
 class Log:
-    """metrics.jsonl and samples.jsonl of a run, written by process 0 alone, and the optional logger."""
+    """metrics.jsonl and samples.jsonl of a run, and the optional logger. Only process 0 has one."""
 
-    def __init__(self, folder, config, step):
-        self.folder, self.warned = folder, set()
-        self.silent = world.rank > 0
+    def __init__(self, config, step):
+        """step: the last one of the log that stays, -1 for none."""
+        self.folder = Path(config.out)
+        self.warned = set()
         self.send = lambda values, step: None
-        if self.silent:
-            return
-        for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if path.exists():  # drop what came after the checkpoint: those steps run again
                 lines = path.read_bytes().splitlines(keepends=True)
                 lines = [line for line in lines if json.loads(line)["step"] <= step and b'"when": "' not in line]
@@ -532,17 +521,15 @@ class Log:
         if config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(folder, purge_step=step + 1)
+            board = SummaryWriter(self.folder, purge_step=step + 1)
             self.send = lambda values, step: [board.add_scalar(name, value, step) for name, value in values.items()]
         elif config.log == "wandb":
             import wandb
 
-            mark = hashlib.sha256(f"{folder.resolve()} {config.started}".encode()).hexdigest()[:16]
-            try:
-                options = {"name": folder.name, "id": mark, "resume": "allow", "config": vars(config)}
+            mark = hashlib.sha256(f"{self.folder.resolve()} {config.started}".encode()).hexdigest()[:16]
+            options = {"name": self.folder.name, "id": mark, "resume": "allow", "config": vars(config)}
+            with refusing("--log wandb cannot start"):
                 self.send = wandb.init(project="magrpo", **options).log
-            except Exception as error:
-                raise UserError(f"--log wandb cannot start: {first_line(error)}") from error
 
     def metrics(self, step, metrics, prefix=""):
         # NaN is no JSON.
@@ -552,8 +539,6 @@ class Log:
 
     def append(self, name, record):
         """Append a line, in one write: neither a kill nor a full disk leaves half of it."""
-        if self.silent:
-            return
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with open(self.folder / f"{name}.jsonl", "ab", buffering=0) as file:
             size = file.tell()
@@ -561,11 +546,11 @@ class Log:
                 file.truncate(size)
                 raise OSError(f"{file.name}: the disk is full")
 
-    def warn(self, bar, text):
+    def warn(self, text):
         """Print a warning once."""
-        if not self.silent and text not in self.warned:
+        if text not in self.warned:
             self.warned.add(text)
-            bar.write(f"warning: {text}")
+            tqdm.write(f"warning: {text}")
 
 
 def episode_of(task, turns):
@@ -607,96 +592,91 @@ def draw_curve(log, maxima):
         for i, (part, best) in enumerate(maxima.items()):
             name, width = ("reward", 2.5) if part == "total" else (f"reward/{part}", 1)
             for key, style in {name: "-", f"eval/{name}": "o"}.items():
-                steps = [line["step"] for line in lines if key in line]
-                rewards = [line[key] for line in lines if key in line]
-                axes.plot(steps, rewards, f"C{i}{style}", linewidth=width)
+                points = {line["step"]: line[key] for line in lines if key in line}
+                axes.plot(list(points), list(points.values()), f"C{i}{style}", linewidth=width)
             axes.lines[-2].set_label(f"{name} (of {float(best)})")
         axes.set(xlabel="step", ylabel="reward", title=f"{log.folder.name}: training (lines), held out (points)")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         with replacing(log.folder / "curve.png") as partial:
             figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
     except Exception as error:  # the disk may be full: the run goes on without its curve
-        (log.folder / "curve.png.partial").unlink(missing_ok=True)
-        log.warn(tqdm, f"curve.png could not be drawn: {first_line(error)}")
+        log.warn(f"curve.png could not be drawn: {first_line(error)}")
 
 
 def print_table(columns, maxima):
     """Evaluations side by side. columns: {heading: metrics}."""
-    rows, evaluations = {"held-out items": columns}, columns.values()
-    for part, best in maxima.items():
-        # "return" is the paper's word for the reward at the end. metrics["return"] adds up several turns.
-        name, title = ("reward", "return") if part == "total" else (f"reward/{part}", part)
-        rewards = [metrics.get(name, 0) for metrics in evaluations]
-        rows[title] = [f"{reward:.2f} of {float(best)} {100 * reward / best:6.1f} %" for reward in rewards]
-    for name in next(iter(evaluations)):
-        if name.startswith("length/"):
-            rows[f"tokens of {name[7:]}"] = [f"{metrics.get(name, 0):.1f}" for metrics in evaluations]
-    rows["truncated"] = [f"{100 * metrics['truncated']:.1f} %" for metrics in evaluations]
-    rows["tokens/s"] = [f"{metrics['sample_tokens_per_s']:.1f}" for metrics in evaluations]
+    rows = defaultdict(list)
+    agents = [name for name in next(iter(columns.values())) if name.startswith("length/")]
+    for heading, metrics in columns.items():
+        rows["held-out items"].append(heading)
+        for part, best in maxima.items():
+            # "return" is the paper's word for the reward at the end. metrics["return"] adds up several turns.
+            name, title = ("reward", "return") if part == "total" else (f"reward/{part}", part)
+            reward = metrics.get(name, 0)
+            rows[title].append(f"{reward:.2f} of {float(best)} {100 * reward / best:6.1f} %")
+        for name in agents:
+            rows[f"tokens of {name[7:]}"].append(f"{metrics.get(name, 0):.1f}")
+        rows["truncated"].append(f"{100 * metrics['truncated']:.1f} %")
+        rows["tokens/s"].append(f"{metrics['sample_tokens_per_s']:.1f}")
     print()
-    for title, values in rows.items():
-        print(f"{title:<20}" + "".join(f"{value:>24}" for value in values))
+    for title, cells in rows.items():
+        print(f"{title:<20}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 # ---------------------------------------------------------------- checkpoints
 def fingerprint(task, policies):
     """A hash of what may not change when a run goes on: all items, each agent's first prompt, its stop tokens."""
     first = task.prompts(task.train_items[0], [])
-    tokens = {}
+    mine = {}
     for policy in policies:
-        tokens |= {agent: [policy.encode(first[agent] or ""), policy.stop_ids] for agent in policy.agents}
-    tokens = sorted(pair for part in world.exchange(tokens) for pair in part.items())
-    content = json.dumps([task.train_items, task.eval_items, tokens], sort_keys=True, default=str)
+        for agent in policy.agents:
+            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids]
+    tokens = {}
+    for theirs in world.exchange(mine):
+        tokens |= theirs
+    content = json.dumps([task.train_items, task.eval_items, sorted(tokens.items())], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def save_checkpoint(config, step, policies, extra):
-    """Write checkpoints/step_N under another name, rename it when it is whole, delete the oldest. Returns the step."""
+    """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
     place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
-    partial = place.with_name(f"{place.name}.partial")
-    if world.rank == 0:
-        for old in place.parent.glob("*.partial"):  # of saves that were killed
-            shutil.rmtree(old)
-        partial.mkdir(parents=True)
-    world.barrier()
-    try:
+    with replacing(place, last=world.rank == 0) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
         for policy in policies if world.replica == 0 else ():
             torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
-        raise
-    world.barrier()
+        world.barrier()
     if world.rank == 0:
-        with replacing(place):
-            pass  # all processes have written their part
-        for old in sorted(place.parent.glob("step_???????"))[: -config.keep]:
+        killed = place.parent.glob("*.partial")
+        for old in [*killed, *checkpoints_in(config.out)[: -config.keep]]:
             shutil.rmtree(old)
     return step
+
+
+def checkpoints_in(folder):
+    """The folders of a run's checkpoints, the oldest first."""
+    return sorted((Path(folder) / "checkpoints").glob("step_???????"))
+
+
+def read_checkpoint(folder, policy):
+    """What the newest checkpoint of a run holds for a policy."""
+    newest = checkpoints_in(folder)[-1]
+    file = newest / f"agent_{policy.agents[0]}.pt"
+    with refusing(f"{file} cannot be read (to use the one before, delete {newest})"):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(config, policies, expected):
     """Restore the newest checkpoint, whose fingerprint must be the expected one. Returns what it holds, or {}."""
     folder = Path(config.out)
-    paths = sorted((folder / "checkpoints").glob("step_???????"))
-    if not paths and all((folder / f"agent_{agent}").exists() for agent in range(config.num_agents)):
-        raise UserError(
-            f"--resume {folder}: it has ended without a checkpoint; --agents {folder} starts a new run from it"
-        )
-    state = {}
-    for policy in policies if paths else ():
-        file = paths[-1] / f"agent_{policy.agents[0]}.pt"
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            if out_of_memory(error):
-                raise
-            raise UserError(
-                f"{file} cannot be read ({first_line(error)}); to use the one before, delete {paths[-1]}"
-            ) from error
+    if not checkpoints_in(folder):
+        if len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
+            raise UserError(f"{folder} has ended without a checkpoint; --agents {folder} starts a new run from it")
+        return {}
+    for policy in policies:
+        state = read_checkpoint(folder, policy)
         if state["fingerprint"] != expected:
-            raise UserError(
-                f"--resume {folder} would not continue the same run: data, prompts or tokenizer have changed"
-            )
+            raise UserError(f"--resume {folder} is another run now: data, prompts or tokenizer have changed")
         if state["step"] > config.steps:
             raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
         policy.load_state(state)
@@ -714,10 +694,8 @@ def start_processes(config):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # texts and numbers cross through gloo
-        try:
+        with refusing("WORLD_SIZE is set, but torchrun has not started this", ValueError):
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        except ValueError as error:
-            raise UserError(f"WORLD_SIZE is set, but torchrun has not started this: {first_line(error)}") from error
     world.start(config.layout, config.num_agents)
     return device
 
@@ -739,7 +717,7 @@ def run_folder(config):
 
 
 def print_header(config, task, policies, device):
-    sizes = {f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.0f} M" for policy in policies}
+    sizes = {f"{policy.model.num_parameters() / 1e6:.0f} M" for policy in policies}
     processes = f", {world.size} processes, {config.layout}" if world.size > 1 else ""
     graphs = ", sampling in CUDA graphs" if all(policy.graphs for policy in policies) else ""
     print(f"task    {config.task}, {len(task.train_items)} training items, {len(task.eval_items)} held out")
@@ -764,18 +742,17 @@ def run(config):
     # Chat templates that write the date write one date for the whole run.
     chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
     expert = None
+    warnings = []
     if config.feedback == "expert":
         expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
-    names = "num_agents data skip_bad views protocol feedback history visible_tests"
-    options = {name: getattr(config, name) for name in names.split()}
-    task = find_task(config.task)(**options, expert=expert)
-    warnings = [task.warning(), expert and world.rank == 0 and expert.warning()]
+        warnings.append(expert.warning() if world.rank == 0 else "")
+    task = find_task(config.task)(**vars(config), expert=expert)
+    warnings.append(task.warning())
     if config.turns == 1 and config.feedback != "plain":
         warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
     policies = load_policies(config, device)
     if config.ask:
-        ask(config, task, policies)
-        return
+        return ask(config, task, policies)
     warnings.append(check_reward(task))
     check_prompts(config, task, policies)
     config.dtype = str(policies[0].dtype)[6:]  # what auto has become; it may differ on another machine
@@ -788,8 +765,7 @@ def run(config):
         for warning in filter(None, warnings):
             print(f"warning: {warning}", flush=True)
     if not config.eval_only:
-        train(config, task, policies)
-        return None
+        return train(config, task, policies)
     metrics, episode = evaluate_task(config, task, policies)
     if world.rank == 0:
         print(show_episode(episode, task.maxima))
@@ -800,53 +776,52 @@ def run(config):
 def train(config, task, policies):
     """Evaluate, train, evaluate; then save the agents and print the table."""
     start = time.perf_counter()
-    folder = Path(config.out)
     caught = catch_signals()
-    extra = {"fingerprint": fingerprint(task, policies)}
-    checkpoint = load_checkpoint(config, policies, extra["fingerprint"]) if config.resume else {}
+    folder = Path(config.out)
+    mark = fingerprint(task, policies)
+    checkpoint = load_checkpoint(config, policies, mark) if config.resume else {}
     step = checkpoint.get("step", 0)
     saved = checkpoint.get("step")  # the step of the newest checkpoint
     saved_at = time.monotonic()
-    extra |= {"before": checkpoint["before"]} if checkpoint else {}
+    before = checkpoint.get("before")
+    after = None
+    log = None
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
             print(f"resuming {folder} after step {step}", flush=True)
         with replacing(folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-    log = Log(folder, config, step if checkpoint else -1)
-    after = None
+        log = Log(config, step if checkpoint else -1)
     try:
-        if not checkpoint:
-            extra["before"] = evaluate_task(config, task, policies, log, 0)
-        evaluation_s = extra["before"][0]["rollout_s"] if checkpoint else time.perf_counter() - start
+        before = before or evaluate_task(config, task, policies, log, 0)
         with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
             # All processes have to stop at the same step, or some would wait for the others for ever.
             while step < config.steps and not any(world.gather(bool(caught))):
                 one_step(config, task, policies, step + 1, log, bar)
                 step += 1
-                if world.rank == 0 and bar.n == bar.initial + 1:
+                if log and bar.n == bar.initial + 1:
                     evaluations = 1 + (config.steps - step) // (config.eval_every or config.steps)
-                    seconds = (config.steps - step) * bar.format_dict["elapsed"] + evaluations * evaluation_s
+                    seconds = (config.steps - step) * bar.format_dict["elapsed"] + evaluations * before[0]["rollout_s"]
                     bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                     evaluate_task(config, task, policies, log, step)
                     bar.unpause()  # it shows the speed of training alone
                 due = time.monotonic() - saved_at > 600 if not config.save_every else step % config.save_every == 0
                 if world.gather(due)[0]:
-                    saved = save_checkpoint(config, step, policies, extra)
+                    saved = save_checkpoint(config, step, policies, {"fingerprint": mark, "before": before})
                     saved_at = time.monotonic()
         if step == config.steps:
             after = evaluate_task(config, task, policies, log, step)
-    except Interrupted:  # step is the last one that was finished
+    except KeyboardInterrupt:  # from catch_signals, with nothing half done: step is the last one that was finished
         pass
-    if not after and "before" in extra and saved != step:
-        save_checkpoint(config, step, policies, extra)
+    if before and not after and saved != step:
+        save_checkpoint(config, step, policies, {"fingerprint": mark, "before": before})
     world.barrier()
     if world.size > 1:
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
     if after:
-        finish(config, task, policies, log, extra["before"], after)
-    if world.rank == 0:
+        finish(config, task, policies, log, before, after)
+    if log:
         done = f"everything is in {folder}/, the curve in {folder}/curve.png"
         stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
         print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
@@ -858,14 +833,16 @@ def one_step(config, task, policies, step, log, bar):
         turns, metrics = train_step(policies, task, items_of_step(task.train_items, config, step), config, step)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
+    if not log:
+        return
     log.metrics(step, metrics)
     reward = f"reward {metrics['reward']:.2f} of {float(task.maxima['total'])}"
     lengths = "/".join(f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents))
     bar.set_postfix_str(f"{reward}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s", refresh=False)
     bar.update()
     if metrics["truncated"] == 1:
-        log.warn(bar, "every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
-    if world.rank == 0 and (step == 1 or step % config.show_every == 0):
+        log.warn("every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
+    if step == 1 or step % config.show_every == 0:
         episode = episode_of(task, turns)
         log.append("samples", {"step": step} | episode)
         bar.write(f"\n--- step {step}\n{show_episode(episode, task.maxima)}\n")
@@ -884,7 +861,7 @@ def items_of_step(items, config, step):
 def evaluate_task(config, task, policies, log=None, step=None):
     """Metrics on the held-out items, and an episode of the first one. With a log, both go there."""
     # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
-    rollouts = math.ceil(len(task.eval_items) / world.num_replicas / AT_ONCE)
+    rollouts = math.ceil(len(task.eval_items) / world.num_replicas / magrpo.AT_ONCE)
     calls = rollouts * config.turns * len(policies) * (1 + config.max_new_tokens)
     form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     hidden = world.rank > 0 or None  # None: a file gets no bar
@@ -898,7 +875,7 @@ def evaluate_task(config, task, policies, log=None, step=None):
     if world.rank == 0:
         reward, best = metrics["reward"], task.maxima["total"]
         tqdm.write(f"held out {reward:.2f} of {float(best)} ({100 * reward / best:.1f} %)")
-    if world.rank == 0 and log:
+    if log:
         log.metrics(step, metrics, "eval/")
         draw_curve(log, task.maxima)
     return metrics, episode
@@ -908,29 +885,21 @@ def ask(config, task, policies):
     """Print what the agents answer to the text of --ask, and what that earns."""
     text = config.ask
     names = [field.split("|")[0] for field in task.fields]
-    try:
+    wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
+    with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
         if text == "-":
             text = sys.stdin.read()
         elif os.path.isfile(text):
             text = Path(text).read_text(encoding="utf-8")
         row = {names[0]: text} if len(names) == 1 else dict(json.loads(text))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
-        raise UserError(f"--ask cannot be read as {wanted}: {first_line(error)}") from error
     item = check_item(row, task.fields, {}, "--ask")
-    try:
+    with refusing(f"the task {config.task} cannot judge --ask without a field", KeyError):
         turns, _ = evaluate(policies, task, [item], dataclasses.replace(config, eval_group=1))
-    except KeyError as error:
-        raise UserError(f"the task {config.task} cannot judge --ask without the field {error}") from error
     if world.rank == 0:
         print(show_episode(episode_of(task, turns), task.maxima))
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-class Interrupted(BaseException):
-    """An interrupt while nothing is half done: in a rollout or an evaluation."""
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
 
 def catch_signals():
@@ -951,7 +920,7 @@ def catch_signals():
         with contextlib.suppress(OSError):  # the terminal may have gone
             print(f"\n{signal.Signals(number).name}: {when}", file=sys.stderr)
         if at_once:
-            raise Interrupted
+            raise KeyboardInterrupt
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -970,7 +939,7 @@ def finish(config, task, policies, log, before, after):
                     save_agent(policy, agent, partial)
             except Exception as error:  # the others, the curve and the table must not be lost
                 failed = error
-    if world.rank == 0:
+    if log:
         first = before[1] | {"prompts": task.prompts(task.eval_items[0], [])}
         print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
         print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
@@ -993,50 +962,51 @@ def save_agent(policy, agent, folder):
 
 
 def explain(error):
-    """(exit code, message) for expected errors; None for bugs, which get a traceback."""
+    """What to print for an expected error; None for a bug, which gets a traceback."""
     if isinstance(error, UserError):
-        return 2, str(error)
+        return str(error)
     if out_of_memory(error):
         helps = "--micro-batch 1, --checkpointing, a smaller --max-new-tokens, a device that nothing else fills"
-        return 1, f"out of memory; what helps: {helps}"
+        return f"out of memory; what helps: {helps}"
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or "gloo/transport" in str(error):
-        return 1, f"another process has gone, torchrun names it below ({first_line(error)})"
+        return f"another process has gone, torchrun names it below ({first_line(error)})"
     stopped = "the run has stopped; --resume goes on from its last checkpoint"
     if isinstance(error, FloatingPointError):
-        return 1, f"{error}; {stopped}"
+        return f"{error}; {stopped}"
     if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):  # the last: of torch.save
-        return 1, f"cannot write or read: {first_line(error)}; {stopped}"
+        return f"cannot write or read: {first_line(error)}; {stopped}"
     return None
 
 
 def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
-    signals = {number: signal.getsignal(number) for number in SIGNALS}
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = f"rank {os.environ.get('RANK', 0)}"
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         run(parse_args(argv))
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        explained = explain(error)
-        if not explained:
+        message = explain(error)
+        if not message:
             if several:
-                error.add_note(f"on rank {rank}")
+                error.add_note(f"on {rank}")
             raise
-        code, message = explained
-        if several and (rank > 0 or code == 1):
+        code = 2 if isinstance(error, UserError) else 1
+        if several and (rank != "rank 0" or code == 1):
             # The first process to exit makes torchrun kill the rest. Let the most useful message come first.
             time.sleep(2)
-        line = f"error: {f'rank {rank}: ' if several else ''}{message}"
+        line = f"error: {rank}: {message}" if several else f"error: {message}"
         print(line, file=sys.stderr)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun prints at the end of its own report
             details = {"py_callstack": line, "timestamp": int(time.time())}
             Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}), encoding="utf-8")
         return code
     finally:
-        for number, handler in signals.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -1062,5 +1032,6 @@ class Unbreakable:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = (stream and Unbreakable(stream) for stream in (sys.stdout, sys.stderr))
+    sys.stdout = sys.stdout and Unbreakable(sys.stdout)
+    sys.stderr = sys.stderr and Unbreakable(sys.stderr)
     sys.exit(record(main)())  # record() puts tracebacks into torchrun's summary
