@@ -1754,7 +1754,7 @@ def test_help_names_every_option_in_groups(capsys):
     places = [text.index(f"\n{group}:\n") for group in ("task", "model", "rollout", "update", "run")]
     assert stop.value.code == 0 and places == sorted(places)
     assert all(f"  --{name.replace('_', '-')}" in text for name in vars(train.Config()))
-    assert train.parse_args([]) == train.Config()
+    assert train.parse_args(["--model=folder"]) == train.Config(model="folder")
 
 
 MY_TASK = """

@@ -671,12 +671,14 @@ def load_checkpoint(config, policies, expected):
     folder = Path(config.out)
     if not checkpoints_in(folder):
         if len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
-            raise UserError(f"{folder} has ended without a checkpoint; --agents {folder} starts a new run from it")
+            said = f"it has ended without a checkpoint; --agents {folder} starts a new run from it"
+            raise UserError(f"--resume {folder}: {said}")
         return {}
     for policy in policies:
         state = read_checkpoint(folder, policy)
         if state["fingerprint"] != expected:
-            raise UserError(f"--resume {folder} is another run now: data, prompts or tokenizer have changed")
+            changed = "data, prompts or tokenizer have changed"
+            raise UserError(f"--resume {folder} would not continue the same run: {changed}")
         if state["step"] > config.steps:
             raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
         policy.load_state(state)
