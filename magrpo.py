@@ -67,7 +67,7 @@ class Settings:
     guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
     # update
     steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
-    lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 6e-4 for adapters
+    lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 8e-4 for adapters
     anneal: bool = False  # lower the learning rate to 0 in the course of the run, instead of keeping it
     rank: int = 16  # rank of the adapters that --weights adapters trains
     warmup: int = 8  # optimizer steps in which the learning rate rises
@@ -377,7 +377,7 @@ class Policy:
             self.masters = {a: [p.float().clone().requires_grad_() for p in some] for a, some in pieces.items()}
         for p in model.parameters() if dtype != torch.float32 else ():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
-        self.lr = cfg.lr or (6e-4 if adapters else 6e-5)
+        self.lr = cfg.lr or (8e-4 if adapters else 6e-5)
         if train:
             groups = [{"params": masters, "steps": 0} for masters in self.masters.values()]
             self.optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.0, fused=True)
