@@ -23,13 +23,11 @@ completion has 20 tokens. Each has weight 1 / (20 * 4) = 0.0125 and, as nothing 
 derivative of the loss with respect to each of their log-probabilities is -0.0125 * 1.41 = -0.018.
 
 With several turns, an item's rollout is a tree: every joint action opens a node of the next turn. N = 1 is GRPO.
-Shapes: N agents, B prompts (one for each group), G completions of a prompt, BG = B * G rows, K joint actions, P prompt
-tokens, C completion tokens, V vocabulary, D head dimension, Hkv key heads.
+Shapes: N agents, B prompts, G completions of each, BG = B * G rows, K joint actions, P prompt and C completion tokens.
 """
 
 import contextlib
 import copy
-import ctypes
 import itertools
 import re
 import time
@@ -152,8 +150,7 @@ def rollout(policies, task, items, cfg, step):
         if len(turns) == cfg.turns:
             break
         nodes = [child for node in nodes for child in continue_node(task, node, cfg)]
-        if task.expert and step >= cfg.guided_from:
-            ask_expert(task, nodes)
+        ask_expert(task, nodes, cfg, step)
     return turns
 
 
@@ -315,7 +312,7 @@ def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
 
 
 def log_policy(logits, temperature):
-    """The one definition of the policy: (..., V) logits -> (..., V) float32 log-probabilities.
+    """The one definition of the policy: (..., V) logits of all V tokens -> (..., V) float32 log-probabilities.
 
     The sampler and the scorer, token_logprobs, both call it, so the policy that is trained is the one that sampled.
     There is no top-k or top-p: with them, a token could be drawn from one distribution and scored by another.
@@ -356,7 +353,6 @@ class Policy:
 
     def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True, adapters=None):
         """adapters: None, or for each agent the tensors of the adapter that it starts with; {} for a new one."""
-        keep_freed_memory()
         prepare_layers(model)
         self.model, self.tokenizer, self.agents, self.dtype = model, tokenizer, list(agents), dtype
         self.stop_ids = known_stop_ids(model, tokenizer)
@@ -569,15 +565,6 @@ def without_thoughts(text):
     return "" if "<think>" in text else text
 
 
-def keep_freed_memory():
-    """Let the C library keep freed memory, instead of giving it back to the system: on a CPU, a fifth of an update."""
-    with contextlib.suppress(OSError, AttributeError):  # only on Linux, and not with every C library
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
-        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, too
-
-
 def prepare_layers(model):
     """Switch off dropout, and use the faster product for single tokens (see Linear)."""
     for module in model.modules():
@@ -705,6 +692,8 @@ def attend_causally(query, key, value, scale):
 
 class GroupCache:
     """Keys and values while sampling: of B prompts, once each, and of the BG completions that grow from them.
+
+    D is the dimension of a head, Hkv the number of key heads.
 
     prompt[layer]: two tensors (B, Hkv, P, D). own[layer]: two (BG, Hkv, C, D), filled up to `column`, zeros behind it.
     hidden: (B, P + C), True where the current token may not look. A decode step can be a CUDA graph, because `column`
@@ -1185,8 +1174,10 @@ def checked_rewards(task, jobs):
     return rewards
 
 
-def ask_expert(task, nodes):
-    """Guided learning: another model's advice on the last answers goes into the history of each node."""
+def ask_expert(task, nodes, cfg, step):
+    """Guided learning: an expert's advice on the last answers goes into the history of each node, if there is one."""
+    if not task.expert or step < cfg.guided_from:
+        return
     # Of agents that live apart, only the first one's process asks, so that all go on with the same advice.
     advice = task.advise([(node.item, node.history) for node in nodes]) if world.peer == 0 else None
     for node, texts in zip(nodes, world.exchange(advice)[0], strict=True):

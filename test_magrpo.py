@@ -1247,6 +1247,20 @@ def test_a_sequence_is_rewarded_when_all_have_answered():
     assert texts == [["old", "answer"], ["new", "answer"]]
 
 
+def test_a_sequence_that_is_too_long_loses_whole_rounds():
+    """Without one turn, another agent would speak: the prompt counted as too long, or its feedback fell over."""
+    task, policy = Repeat(3, protocol="sequential"), build_policy()
+    history = []
+    for t in range(4):
+        history.append(
+            {"texts": ["dog " * 9 if agent == t % 3 else None for agent in range(3)], "reward": {"total": 0}}
+        )
+    shortest = policy.encode(task.prompts({}, history[3:])[1])
+    policy.context = len(shortest) + 5
+    node = magrpo.Node({}, 0, history=history)
+    assert magrpo.fit_prompt(policy, task, 1, node, settings(max_new_tokens=5)) == (shortest, 3)
+
+
 def test_feedback_on_a_sequential_answer_is_about_the_joint_one():
     """The first agent's own turn has no reward yet: it would read that it was rated 0 of 1, or fall over."""
     task = tasks.TASKS["writing"](2, feedback="level", protocol="sequential")
@@ -1435,7 +1449,8 @@ def test_of_agents_that_live_apart_one_asks(monkeypatch):
     node = magrpo.Node("dog", 0, history=[{"texts": ["a", "b"], "reward": {}}])
     monkeypatch.setattr(magrpo.world, "peer", 1)
     monkeypatch.setattr(magrpo.world, "exchange", lambda value: [[["for a", "for b"]], value])
-    magrpo.ask_expert(SimpleNamespace(advise=lambda paths: pytest.fail("asked twice")), [node])
+    task = SimpleNamespace(expert=True, advise=lambda paths: pytest.fail("asked twice"))
+    magrpo.ask_expert(task, [node], settings(), step=1)
     assert node.history[0]["advice"] == ["for a", "for b"]
 
 
