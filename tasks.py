@@ -412,7 +412,7 @@ class Writing(TwoParts):
     """TLDR, with the roles of the paper: a brief summary of a forum post beside a detailed one."""
 
     default_data, fields = "posts.jsonl", ("prompt",)
-    tuned = {"weights": "adapters", "joint": "crossed", "anneal": True, "steps": 16}
+    tuned = {"weights": "adapters", "joint": "crossed", "anneal": True, "steps": 16, "micro_batch": 4}
     scores = staticmethod(tldr_reward)
     parts = (
         "In one short sentence, what is this post about?",
