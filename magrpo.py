@@ -354,7 +354,10 @@ class Policy:
     def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True, adapters=None):
         """adapters: None, or for each agent the tensors of the adapter that it starts with; {} for a new one."""
         prepare_layers(model)
-        self.model, self.tokenizer, self.agents, self.dtype = model, tokenizer, list(agents), dtype
+        self.model = model
+        self.tokenizer = tokenizer
+        self.agents = list(agents)
+        self.dtype = dtype
         self.stop_ids = known_stop_ids(model, tokenizer)
         self.context = context_length(model.config.get_text_config())  # tokens of a prompt and its completion together
         # A CUDA graph is captured on the current device.
@@ -368,9 +371,10 @@ class Policy:
         if not adapters and dtype == torch.float32:
             self.masters = {self.agents[0]: self.trained}
         else:
-            learners = self.agents if adapters else self.agents[:1]
-            pieces = {agent: [self.piece(p.detach(), agent) for p in self.trained] for agent in learners}
-            self.masters = {a: [p.float().clone().requires_grad_() for p in some] for a, some in pieces.items()}
+            self.masters = {}
+            for agent in self.agents if adapters else self.agents[:1]:
+                pieces = [self.piece(p.detach(), agent) for p in self.trained]
+                self.masters[agent] = [piece.float().clone().requires_grad_() for piece in pieces]
         for p in model.parameters() if dtype != torch.float32 else ():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
         self.lr = cfg.lr or (8e-4 if adapters else 6e-5)
@@ -403,12 +407,14 @@ class Policy:
 
     def decode(self, group):
         """The G texts of a group, without the stop token and what follows it, and without thoughts."""
-        lengths = group.mask.sum(1) - group.ended.long()
-        rows = zip(group.tokens.tolist(), lengths.tolist(), strict=True)
-        texts = [self.tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in rows]
         end = self.tokenizer.decode(group.prompt[-8:])  # some templates begin the thoughts
         thinks = "<think>" in end and "</think>" not in end.rpartition("<think>")[2]
-        return [without_thoughts("<think>" + text if thinks else text) for text in texts]
+        lengths = group.mask.sum(1) - group.ended.long()
+        texts = []
+        for row, length in zip(group.tokens.tolist(), lengths.tolist(), strict=True):
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            texts.append(without_thoughts("<think>" + text if thinks else text))
+        return texts
 
     def collect_gradients(self):
         """Add the model's gradients to those of the masters, in float32."""
@@ -489,7 +495,9 @@ class Adapters:
     alpha = 32
 
     def __init__(self, model, agents, starts, cfg):
-        self.rank, self.num_agents, self.layers = cfg.rank, len(agents), {}
+        self.rank = cfg.rank
+        self.num_agents = len(agents)
+        self.layers = {}
         self.columns = None  # (tokens, N * r): 1 on the columns of each token's agent, else 0; None: the bare model
         model.requires_grad_(False)
         for name, layer in model.named_modules():
@@ -498,8 +506,10 @@ class Adapters:
                 inputs, outputs = layer.weight.shape[::-1] if is_linear else layer.weight.shape
                 # A starts at random and B at zero, so the first update is that of B. Every agent's random numbers are
                 # its own, however many agents there are.
-                streams = [np.random.default_rng((cfg.seed, agent, len(self.layers))) for agent in agents]
-                draws = [stream.standard_normal((cfg.rank, inputs), np.float32) for stream in streams]
+                draws = []
+                for agent in agents:
+                    stream = np.random.default_rng((cfg.seed, agent, len(self.layers)))
+                    draws.append(stream.standard_normal((cfg.rank, inputs), np.float32))
                 down = torch.from_numpy(np.stack(draws)) / inputs**0.5
                 layer.down = torch.nn.Parameter(down.to(model.device))  # (N, r, in): A
                 layer.up = torch.nn.Parameter(torch.zeros(len(agents), cfg.rank, outputs, device=model.device))  # B^T
@@ -701,8 +711,10 @@ class GroupCache:
     """
 
     def __init__(self, prompts, max_new_tokens):
-        self.prompts, self.max_new_tokens = prompts, max_new_tokens
-        self.prompt, self.own = {}, {}
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.prompt = {}
+        self.own = {}
         self.hidden = F.pad(~prompts.visible, (0, max_new_tokens), value=True)
         self.column = torch.full((1,), -1, device=prompts.ids.device)
         self.width = min(256, max_new_tokens)
@@ -815,7 +827,8 @@ def use_group_attention(policy):
     AttentionInterface.register("group", group_attention)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a kernel for each new length
     model = policy.model
-    training, usual = model.training, model.config._attn_implementation
+    training = model.training
+    usual = model.config._attn_implementation
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     cfg = Settings(group=2, max_new_tokens=3, temperature=1.0)
@@ -851,7 +864,8 @@ def sample(policy, groups, cfg):
 
     A completion depends on the prompt and the stream of its group alone, not on its batch mates.
     """
-    model, device = policy.model, policy.model.device
+    model = policy.model
+    device = model.device
     training = model.training
     model.eval()  # in training mode, gradient checkpointing would be on
     shape = cfg.group, cfg.max_new_tokens
@@ -948,9 +962,8 @@ def inverse_cdf(probs, u):
     # u * total may round up to the total. Strictly below it, the first cdf entry above the target belongs to a token
     # with a probability above 0.
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).clamp_(
-        max=probs.shape[-1] - 1
-    )  # for NaN, searchsorted returns V
+    last = probs.shape[-1] - 1  # for NaN, searchsorted returns one more
+    return torch.searchsorted(cdf, target, right=True).clamp_(max=last)
 
 
 def token_logprobs(policy, batch, cfg):
