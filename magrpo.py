@@ -19,7 +19,7 @@ replaces the learned critic of PPO. All agents share the credit for a joint acti
 
 One step in numbers. Two agents summarise one post, G = 4, and the joint actions earn 1, 3, 2 and 2. The mean is 2 and
 the standard deviation 0.71, so the advantages are -1.41, +1.41, 0 and 0, for both agents alike. Agent 1's second
-completion has 20 tokens. Each has weight 1 / (20 * 4) = 0.0125 and, as nothing has been updated yet, ratio 1. So the
+completion has 20 tokens. Each token has weight 1 / (20 * 4) = 0.0125 and, before the first update, ratio 1. So the
 derivative of the loss with respect to each of their log-probabilities is -0.0125 * 1.41 = -0.018.
 
 With several turns, an item's rollout is a tree: every joint action opens a node of the next turn. N = 1 is GRPO.
@@ -59,7 +59,7 @@ class Settings:
     eval_group: int = 2  # completions of each agent for one held-out item
     # turns
     num_agents: int = 2  # agents (N); 1 is GRPO
-    turns: int = 1  # most turns of an item; by default one for each agent if sequential, two in a discussion
+    turns: int = 1  # largest number of turns of an item; default: N if --protocol is sequential, 2 for a discussion
     discount: float = 1.0  # gamma, the discount of the next turn's return
     stop_above: float = float("inf")  # a node whose mean reward is above this is good enough: do not continue it
     guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
@@ -82,7 +82,7 @@ class Settings:
 
 
 def train_step(policies, task, items, cfg, step):
-    """One step on the items of all processes. Returns (turns, metrics): the nodes of this process, and all metrics."""
+    """One step on the items of all processes. Returns the turns of this process, and the metrics of all processes."""
     metrics = Metrics()
     start = time.perf_counter()
     turns = rollout(policies, task, world.share(items), cfg, step)
@@ -122,7 +122,7 @@ class Node:
 
     item: object
     slot: int  # the number of the item in its step
-    branch: int = 0  # number of the path from the root, unique among the nodes of a turn
+    branch: int = 0  # number of the path from the root, unique among the nodes of an item's turn
     history: list = field(default_factory=list)  # {"texts": N texts, "reward": dict} of each earlier turn
     groups: dict = field(default_factory=dict)  # agent -> Group, of the agents that this process plays
     texts: dict = field(default_factory=dict)  # agent -> G texts, of all agents; None for one that is silent
@@ -210,7 +210,7 @@ def assign_credit(turns, cfg):
         for node in nodes:
             node.returns = torch.tensor([reward["total"] for reward in node.rewards], dtype=torch.float64)
             for k, child in node.children.items():
-                # The mean return of the group that follows estimates what this joint action leads to.
+                # The mean return of the child's joint actions estimates what this joint action leads to.
                 node.returns[k] += cfg.discount * child.returns.mean()
             advantages = group_advantages(node.returns, node.pairing, cfg)
             for agent, group in node.groups.items():
@@ -221,7 +221,7 @@ def group_advantages(returns, pairing, cfg):
     """(K,) returns and the (K, N) table of joint actions -> (N, G): how much better each completion did than its group.
 
     A completion's credit is the mean return of the joint actions that contain it. It is compared only with the same
-    agent's group at the same node: rewards of different agents, turns and items never mix.
+    agent's group at the same node, never with those of other agents, nodes or items.
     """
     member = F.one_hot(pairing, cfg.group).to(returns.dtype)  # (K, N, G): 1 where joint action k contains completion g
     credit = torch.einsum("k,kng->ng", returns, member) / member.sum(0)  # (N, G)
@@ -240,7 +240,7 @@ def group_advantages(returns, pairing, cfg):
 
 
 def update(policy, groups, num_items, cfg, metrics, step):
-    """Raise the probability of a policy's good completions: an optimizer step for each minibatch, in each epoch."""
+    """Make good completions likelier and bad ones less likely: an optimizer step for each minibatch, in each epoch."""
     count = cfg.minibatches or num_items
     minibatches = [[] for _ in range(count)]
     for group in groups:
@@ -275,7 +275,7 @@ def set_weights(groups, cfg):
 
     Turns weigh the same, however many nodes they have. Within a turn, cfg.normalize says what the loss is a mean over:
     "sequence", completions, each a mean over its tokens; "token", all tokens; "constant", completions, each a sum over
-    its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Those with advantage 0 are counted, too.
+    its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Completions with advantage 0 count as well.
     """
     totals = torch.zeros(3, cfg.num_agents, cfg.turns, dtype=torch.float64)
     completions, tokens, teaching = totals  # views: what they count is in totals
@@ -284,7 +284,7 @@ def set_weights(groups, cfg):
         completions[place] += len(group.tokens)
         tokens[place] += group.mask.sum()
         teaching[place] += group.advantage.any()
-    # Over all replicas, and before the minibatch is split: neither GPUs nor --micro-batch may change the gradient.
+    # Over all replicas, and before the minibatch is split: neither processes nor --micro-batch may change the gradient.
     world.sum(totals)
     turns = (completions > 0).sum(1)  # (N,)
     for group in groups:
