@@ -66,7 +66,7 @@ class Settings:
     # update
     steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
     lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 8e-4 for adapters
-    anneal: bool = False  # lower the learning rate to 0 in the course of the run, instead of keeping it
+    anneal: bool = False  # lower the learning rate to 0 in the course of --steps, instead of keeping it
     rank: int = 16  # rank of the adapters that --weights adapters trains
     warmup: int = 8  # optimizer steps in which the learning rate rises
     advantage: Literal["std", "mean", "rloo", "max", "raw"] = "std"  # baseline and scale of the advantage
