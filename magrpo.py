@@ -530,10 +530,10 @@ class Adapters:
         """The forward hook of a linear layer."""
         if self.columns is None:
             return out
-        hidden = F.linear(inputs[0].flatten(0, 1), layer.down.flatten(0, 1)) * self.columns  # (tokens, N * r)
+        hidden = F.linear(inputs[0].flatten(0, -2), layer.down.flatten(0, 1)) * self.columns  # (tokens, N * r)
         # In place while sampling: in a decode step, out may be a transposed matrix (see Linear), slow to copy.
         add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
-        return add(out.flatten(0, 1), hidden, layer.up.flatten(0, 1), alpha=self.alpha / self.rank).view_as(out)
+        return add(out.flatten(0, -2), hidden, layer.up.flatten(0, 1), alpha=self.alpha / self.rank).view_as(out)
 
     @torch.no_grad()
     def merged(self, model, i):

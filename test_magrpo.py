@@ -361,7 +361,7 @@ def test_stop_token_is_trained():
     group = replace(group, **rows, ended=group.ended[row : row + 1], advantage=torch.ones(1))
     assert group.tokens.item() in policy.stop_ids and group.mask.item() and group.ended.item()
     before = score(policy, [group]).item()
-    magrpo.update(policy, [group], 1, settings(group=1, num_agents=1, max_new_tokens=10), Metrics())
+    magrpo.update(policy, [group], 1, settings(group=1, num_agents=1, max_new_tokens=10), Metrics(), step=1)
     assert score(policy, [group]).item() > before
 
 
