@@ -66,7 +66,7 @@ class Settings:
     # update
     steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
     lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 8e-4 for adapters
-    anneal: bool = False  # lower the learning rate to 0 in the course of --steps, instead of keeping it
+    anneal: bool = False  # let the learning rate fall towards 0, in equal parts over --steps
     rank: int = 16  # rank of the adapters that --weights adapters trains
     warmup: int = 8  # optimizer steps in which the learning rate rises
     advantage: Literal["std", "mean", "rloo", "max", "raw"] = "std"  # baseline and scale of the advantage
@@ -426,7 +426,7 @@ class Policy:
         if self.masters[self.agents[0]] is not self.trained:
             self.model.zero_grad(set_to_none=True)
 
-    def step(self, learners, cfg, step):
+    def step(self, learners, cfg, training_step):
         """One optimizer step in a training step, with the gradient clipped to a norm -> {agent: the norm that it had}.
 
         With adapters, each agent has a norm and a step of its own, and only those in `learners` make a step: Adam's
@@ -445,7 +445,7 @@ class Policy:
             # Adam's first steps move every weight by the whole learning rate, however small its gradient. The last
             # ones decide what remains of the noise in the gradients.
             warm = min(1, (group["steps"] + 1) / (cfg.warmup + 1))
-            group["lr"] = self.lr * warm * (1 - (step - 1) / cfg.steps if cfg.anneal else 1)
+            group["lr"] = self.lr * warm * (1 - (training_step - 1) / cfg.steps if cfg.anneal else 1)
             group["steps"] += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -1188,7 +1188,7 @@ def checked_rewards(task, jobs):
 
 
 def ask_expert(task, nodes, cfg, step):
-    """Guided learning: an expert's advice on the last answers goes into the history of each node, if there is one."""
+    """Guided learning: if there is an expert, its advice on the last answers goes into the history of each node."""
     if not task.expert or step < cfg.guided_from:
         return
     # Of agents that live apart, only the first one's process asks, so that all go on with the same advice.

@@ -181,7 +181,7 @@ def judge_many(jobs: list[tuple]) -> list[dict]:
 
 
 def helper_names(count: int) -> list[str]:
-    """aux, aux2, aux3, ...: what `count` agents define. Also a single agent that writes all, count 0, defines aux."""
+    """aux, aux2, aux3, ...: what `count` agents define. A single agent that writes all, count 0, defines aux."""
     return ["aux", *(f"aux{i}" for i in range(2, count + 1))]
 
 

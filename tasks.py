@@ -64,7 +64,7 @@ def load_items(source, fields, prepare=dict):
     is done with a row before its fields are looked for. Raises UserError with file and line for what cannot be used.
     """
     pair = r"\w+=[^:=,/\\]+"  # no slash: a folder may be called split=train
-    source, pairs = re.fullmatch(rf"(.+?)(?::({pair}(?:,{pair})*))?", str(source)).groups()
+    source, pairs = re.fullmatch(rf"(.*?)(?::({pair}(?:,{pair})*))?", str(source), re.DOTALL).groups()
     renamed = dict(re.findall(r"(\w+)=([^,]+)", pairs or ""))
     unknown = renamed.keys() - {field.split("|")[0] for field in fields}
     if unknown:
@@ -152,7 +152,7 @@ class Task:
     held_out = 32  # how many items are for evaluation, from the end of the data; at most a quarter, at least one
     maxima = {"total": 1.0}  # of the reward and its parts, for percentages
     defaults = {}  # options of a sensible run of this task, by name, where they differ from those of all tasks
-    tuned = {}  # more of them, which were found for the default model and one turn, and apply to these alone
+    tuned = {}  # more of them, for the default model, one turn and the `weights` that they name: see train.config_of
     agents_allowed = range(1, 100)
     feedback_allowed = ("plain", "level", "expert")
     revise = "Improve it. Reply with the new answer only."  # always the end of the feedback

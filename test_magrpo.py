@@ -1731,6 +1731,12 @@ BAD_INPUTS = {
 }
 
 
+def test_a_name_of_several_lines_is_one_clear_line(files, tmp_path, capsys):
+    """--data "$(ls *.jsonl)" names two files."""
+    assert train.main(arguments(files, tmp_path / "run", "--data=one.jsonl\ntwo.jsonl")) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("flags", "message"), BAD_INPUTS.items())
 def test_bad_input_is_one_clear_line(files, tmp_path, capsys, monkeypatch, flags, message):
     """A typo in the data ended in fifty lines of traceback, the file and the line unnamed, and a half-made folder."""
@@ -1872,6 +1878,25 @@ def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys
         assert ("eval/length/agent_1" in metrics) == (name != "Silent")
 
 
+def test_a_task_derived_from_a_tuned_one_has_its_own_defaults(tmp_path):
+    """What was tuned for writing replaced what the file said."""
+    lines = ["from tasks import Writing", "class Mine(Writing):", "    defaults = {'steps': 3}"]
+    lines += ["class Separate(Writing):", "    defaults = {'weights': 'separate'}"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    mine = train.parse_args([f"--task={tmp_path}/mine.py:Mine"])
+    assert (mine.steps, mine.weights, mine.joint) == (3, "adapters", "crossed")
+    assert train.parse_args([f"--task={tmp_path}/mine.py:Separate"]).joint == "aligned"
+
+
+def test_only_the_last_of_several_writers_removes_what_has_failed(tmp_path):
+    """A process that was stopped removed files from a checkpoint that another one was renaming."""
+    for last in (False, True):
+        with pytest.raises(SystemExit), train.replacing(tmp_path / "step", last) as partial:
+            partial.mkdir(exist_ok=True)
+            raise SystemExit
+        assert partial.exists() != last
+
+
 def test_tasks_and_protocols_bring_defaults_and_given_options_win():
     game = train.parse_args(["--task=schelling", "--group=5"])
     assert (game.weights, game.group, game.max_new_tokens) == (
@@ -1882,9 +1907,8 @@ def test_tasks_and_protocols_bring_defaults_and_given_options_win():
     assert train.parse_args([]).turns == 1
     tuned = tasks.Writing.tuned
     assert train.parse_args([]).steps == train.parse_args(["--model=smollm2"]).steps == tuned["steps"]
-    assert train.parse_args(["--weights=shared"]).weights == "shared"
-    for other in ("--model=folder", "--agents=folder", "--turns=2"):
-        assert train.parse_args([other]).joint != tuned["joint"], "tuned for the default model and one turn alone"
+    for other in ("--model=folder", "--agents=folder", "--turns=2", "--weights=separate"):
+        assert train.parse_args([other]).joint != tuned["joint"], "tuned for adapters of the default model, one turn"
     assert train.parse_args(["--protocol=discussion"]).turns == 2
     assert train.parse_args(["--protocol=sequential", "--task=coding", "--num-agents=3"]).turns == 3
     assert train.parse_args(["--protocol=discussion", "--turns=4"]).turns == 4

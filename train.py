@@ -149,18 +149,20 @@ def defaults_of(field):
         if field.name in task.defaults:
             values.append(f"{name} {task.defaults[field.name]}")
         if field.name in task.tuned:
-            values.append(f"{name} with smollm2 {task.tuned[field.name]}")
+            values.append(f"{name} with smollm2 and one turn {task.tuned[field.name]}")
     return f" ({'; '.join(values)})" if values else ""
 
 
 def config_of(given):
-    """The given options and, for the others, the defaults of the task and of the protocol."""
+    """The given options and, for the others, the task's defaults, tuned ones where they apply, the protocol's turns."""
     task = find_task(given.get("task", Config.task))
     options = vars(Config()) | task.defaults | given
     if options["protocol"] != "parallel" and "turns" not in given:
         options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
-    if options["model"] == Config.model and not options["agents"] and options["turns"] == 1:
-        options |= task.tuned | given
+    tuned = task.tuned | task.defaults | given
+    as_tuned = options["model"] == Config.model and not options["agents"] and options["turns"] == 1
+    if as_tuned and tuned.get("weights") == task.tuned.get("weights"):
+        options |= tuned
     with refusing(f"the task {options['task']} has a wrong option in its defaults", TypeError):
         return Config(**options)
 
@@ -300,11 +302,13 @@ def default_model():
     with contextlib.suppress(OSError):  # another process may have finished the same conversion
         partial.rename(cache)
     shutil.rmtree(partial, ignore_errors=True)
+    if not (cache / "config.json").exists():
+        raise UserError(f"cannot write the converted model to {cache}: remove what is there")
     return cache
 
 
 def keep_freed_memory():
-    """Let the C library keep freed memory, instead of giving it back to the system: on a CPU, a fifth of an update."""
+    """Let the C library keep freed memory. To give it back to the system takes a fifth of an update on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # only on Linux, and not with every C library
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -314,7 +318,6 @@ def keep_freed_memory():
 
 def load_model(name, device, temperature=1.0):
     """Model in float32 and tokenizer, from a folder or the Hub."""
-    keep_freed_memory()
     with refusing(f"cannot load the model {name} (give a folder, a Hub name or smollm2)"):
         name = default_model() if name == "smollm2" else name
         model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
@@ -451,7 +454,7 @@ def check_reward(task):
 def check_prompts(config, task, policies):
     """Fail before training, not in the middle of it, on a task, a chat template or items that cannot work."""
     name = f"the task {type(task).__name__}"
-    always = max(len(task.eval_items), 64)
+    fully_checked = max(len(task.eval_items), 64)
     first = {}  # agent -> its first prompt and the tokens of that
     for n, item in enumerate([*task.eval_items, *task.train_items]):
         where = getattr(item, "where", "an item")
@@ -467,7 +470,7 @@ def check_prompts(config, task, policies):
             enough = policy.context - config.max_new_tokens - 256
             for agent in policy.agents:
                 prompt = prompts[agent]
-                if prompt is None or n >= always and len(str(prompt).encode()) <= enough:
+                if prompt is None or (n >= fully_checked and len(str(prompt).encode()) <= enough):
                     continue
                 try:
                     with refusing(f"the chat template of agent {agent} fails"):
@@ -495,8 +498,9 @@ def replacing(path, last=True):
         yield partial
     except BaseException:  # the disk may be full
         remove = shutil.rmtree if partial.is_dir() else os.remove
-        with contextlib.suppress(OSError):
-            remove(partial)
+        if last:  # else the last one, which may be renaming the folder just now, removes it
+            with contextlib.suppress(OSError):
+                remove(partial)
         raise
     if not last:
         return
@@ -652,14 +656,16 @@ def fingerprint(task, policies):
 def save_checkpoint(config, step, policies, extra):
     """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
     place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
+    for killed in place.parent.glob("*.partial") if world.rank == 0 else ():
+        if killed.name != f"{place.name}.partial":  # which other processes may be writing already
+            shutil.rmtree(killed)
     with replacing(place, last=world.rank == 0) as partial:
         partial.mkdir(parents=True, exist_ok=True)
         for policy in policies if world.replica == 0 else ():
             torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
         world.barrier()
     if world.rank == 0:
-        killed = place.parent.glob("*.partial")
-        for old in [*killed, *checkpoints_in(config.out)[: -config.keep]]:
+        for old in checkpoints_in(config.out)[: -config.keep]:
             shutil.rmtree(old)
     return step
 
@@ -709,6 +715,8 @@ def start_processes(config):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # texts and numbers cross through gloo
         with refusing("WORLD_SIZE is set, but torchrun has not started this", ValueError):
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if device.type == "cpu":
+        keep_freed_memory()
     world.start(config.layout, config.num_agents)
     return device
 
@@ -744,7 +752,7 @@ def print_header(config, task, policies, device):
         where = " in the first turn" if config.turns > 1 else ""
         print(f"run     {samples} = {config.steps * config.prompts * joint} joint samples{where}")
         passes = f"{config.epochs} x {config.minibatches or config.prompts} a step"
-        print(f"update  {passes}, lr {config.lr:g}, advantage {config.advantage}")
+        print(f"update  {passes}, lr {config.lr:g}{' falling' if config.anneal else ''}, advantage {config.advantage}")
         print(f"writes  {config.out}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/", flush=True)
 
 
@@ -755,12 +763,14 @@ def run(config):
     # Chat templates that write the date write one date for the whole run.
     chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
     expert = None
-    warnings = []
     if config.feedback == "expert":
         expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
-        warnings.append(expert.warning() if world.rank == 0 else "")
-    task = find_task(config.task)(**vars(config), expert=expert)
-    warnings.append(task.warning())
+    names = "num_agents data skip_bad views protocol feedback history visible_tests"
+    options = {name: getattr(config, name) for name in names.split()}
+    task = find_task(config.task)(**options, expert=expert)
+    warnings = [task.warning()]
+    if expert and world.rank == 0:
+        warnings.append(expert.warning())
     if config.turns == 1 and config.feedback != "plain":
         warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
     policies = load_policies(config, device)
@@ -995,7 +1005,7 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ.get('RANK', 0)}"
+    rank = int(os.environ.get("RANK", 0))
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         run(parse_args(argv))
@@ -1006,13 +1016,14 @@ def main(argv=None):
         message = explain(error)
         if not message:
             if several:
-                error.add_note(f"on {rank}")
+                error.add_note(f"on rank {rank}")
             raise
+        message = message.replace("\n", " ")  # the name of a file may have lines
         code = 2 if isinstance(error, UserError) else 1
-        if several and (rank != "rank 0" or code == 1):
+        if several and (rank > 0 or code == 1):
             # The first process to exit makes torchrun kill the rest. Let the most useful message come first.
             time.sleep(2)
-        line = f"error: {rank}: {message}" if several else f"error: {message}"
+        line = f"error: rank {rank}: {message}" if several else f"error: {message}"
         print(line, file=sys.stderr)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun prints at the end of its own report
             details = {"py_callstack": line, "timestamp": int(time.time())}

@@ -149,8 +149,8 @@ def compare():
     parser.add_argument("--rows", default="; ".join(ROWS), help="only some rows, separated by semicolons")
     args, others = parser.parse_known_args()
     common = ["--task", args.task, *others]
-    # All rows have the paper's pairing and a constant learning rate, and the same weights: a task's tuned options would
-    # apply to some of them only.
+    # All rows have the paper's pairing and a constant learning rate, whatever the task's defaults are, and the same
+    # weights: tuned options apply to one turn only.
     weights = train.parse_args(common).weights
     common = ["--joint", "aligned", "--no-anneal", "--weights", weights, *common]
     runs = options_of_runs(common)

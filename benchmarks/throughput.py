@@ -49,7 +49,10 @@ def clock():
 
 def run_ours(args):
     from magrpo import Policy, Settings, train_step
-    from train import load_model
+    from train import keep_freed_memory, load_model
+
+    if not CUDA:
+        keep_freed_memory()  # as train.py does
 
     class Fixed:
         """A task whose reward is cheap and never flat."""
