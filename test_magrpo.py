@@ -1965,6 +1965,8 @@ def run_forked(main, arguments, log, environ):
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= environ
+    for number in train.SIGNALS:  # which are ignored if pytest runs under nohup: a test of signals waited for ever
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.exit(main(arguments))
 
 
