@@ -312,7 +312,7 @@ def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
 
 
 def log_policy(logits, temperature):
-    """The one definition of the policy: (..., V) logits of all V tokens -> (..., V) float32 log-probabilities.
+    """The one definition of the policy: (..., V) logits, V the vocabulary -> (..., V) float32 log-probabilities.
 
     The sampler and the scorer, token_logprobs, both call it, so the policy that is trained is the one that sampled.
     There is no top-k or top-p: with them, a token could be drawn from one distribution and scored by another.
@@ -427,10 +427,10 @@ class Policy:
             self.model.zero_grad(set_to_none=True)
 
     def step(self, learners, cfg, training_step):
-        """One optimizer step in a training step, with the gradient clipped to a norm -> {agent: the norm that it had}.
+        """One optimizer step, with the gradient clipped to a norm -> {agent: the norm that it had}.
 
         With adapters, each agent has a norm and a step of its own, and only those in `learners` make a step: Adam's
-        momentum would move the others without a gradient.
+        momentum would move the others without a gradient. training_step: the number of the step of the run, from 1.
         """
         norms = {}
         for group, (agent, masters) in zip(self.optimizer.param_groups, self.masters.items(), strict=True):

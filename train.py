@@ -308,7 +308,7 @@ def default_model():
 
 
 def keep_freed_memory():
-    """Let the C library keep freed memory. To give it back to the system takes a fifth of an update on a CPU."""
+    """Let the C library keep freed memory. Giving it back to the system takes a fifth of an update on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # only on Linux, and not with every C library
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
         mallopt = ctypes.CDLL("libc.so.6").mallopt
