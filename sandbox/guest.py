@@ -105,11 +105,16 @@ def preamble(job: dict):
     for text in (job["prompt"], job["prompt"] + "\n    pass\n", ""):
         with contextlib.suppress(SyntaxError):
             tree = ast.parse(text)
-            entry = [node for node in tree.body if getattr(node, "name", None) == job["entry_point"]]
-            tree.body = [node for node in tree.body if node not in entry]
-            for node in ast.walk(ast.Module(entry, [])):  # imports in the function count as given
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    tree.body += ast.parse(f"try:\n    {ast.unparse(node)}\nexcept ImportError:\n    pass").body
+            kept = []
+            for statement in tree.body:
+                if getattr(statement, "name", None) != job["entry_point"]:
+                    kept.append(statement)
+                    continue
+                # Imports in the function count as given. A module that the sandbox lacks matters only if it is used.
+                for node in ast.walk(statement):
+                    if isinstance(node, (ast.Import, ast.ImportFrom)):
+                        kept += ast.parse(f"try:\n    {ast.unparse(node)}\nexcept ImportError:\n    pass").body
+            tree.body = kept
             return compile(tree, "prompt", "exec")
 
 
@@ -127,9 +132,13 @@ def look(job: dict) -> dict:
             errors.append(f"{type(error).__name__}: {error}"[:200])
     if any(errors):
         return {"error": next(filter(None, errors)), "errors": errors}
-    functions = [node for node in trees[-1].body if isinstance(node, ast.FunctionDef)]
-    named = [node for node in functions if node.name == job["entry_point"]]
-    entry = named[-1] if named else ast.Module([], [])  # the last definition is the one that runs
+    functions = []  # of the main answer
+    entry = ast.Module([], [])
+    for node in trees[-1].body:
+        if isinstance(node, ast.FunctionDef):
+            functions.append(node)
+            if node.name == job["entry_point"]:
+                entry = node  # the last definition is the one that runs
     # A helper counts only if an answer defines it, and if the main answer does not define its name again. With a
     # single answer, which defines both, that is no second definition.
     own = [node for node in ast.walk(trees[-1]) if len(trees) > 1 or node not in functions]
@@ -157,8 +166,10 @@ def helpers_used(entry, helpers: set) -> set:
     used = set()
     for call in ast.walk(entry):
         if isinstance(call, ast.Call):
-            parts = [call.func, *call.args, *(keyword.value for keyword in call.keywords)]
-            used |= {part.id for part in parts if isinstance(part, ast.Name)}
+            for part in (call.func, *call.args, *call.keywords):
+                value = part.value if isinstance(part, ast.keyword) else part
+                if isinstance(value, ast.Name):
+                    used.add(value.id)
     return used & helpers
 
 
@@ -208,7 +219,8 @@ def encode(value):
         return ["complex", [value.real, value.imag]]
     for name, kind in CONTAINERS.items():
         if isinstance(value, kind):
-            return [name, [encode(part) for part in (value.items() if kind is dict else value)]]
+            parts = value.items() if kind is dict else value
+            return [name, list(map(encode, parts))]
     raise TypeError(f"{type(value).__name__} is not plain data")
 
 

@@ -81,9 +81,10 @@ def run_sandbox(job: dict) -> dict:
     start = f"import sys; sys.path[0] = {root!r}; from sandbox import judge; del sys.path[0]; {call}"
     # -S: no site-packages. The environment is one line, which makes the order of a set the same in every run.
     command = [*spaces, sys.executable, "-S", "-s", "-c", start]
-    folder, pipe = tempfile.mkdtemp(prefix="guest-"), subprocess.PIPE
+    folder = tempfile.mkdtemp(prefix="guest-")
     options = {"cwd": folder, "env": {"PYTHONHASHSEED": "0"}, "start_new_session": True}
-    judge = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, **options)
+    options |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    judge = subprocess.Popen(command, **options)
     try:
         out, err = judge.communicate(json.dumps(job).encode(), timeout=JOB_SECONDS)
     except subprocess.TimeoutExpired:  # many slow tests, or one that is stuck in C, where no alarm is heard
@@ -101,8 +102,14 @@ def run_sandbox(job: dict) -> dict:
     for pid in guests if judge.returncode else ():  # the judge did not live to do it
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    told = [row.pop("outcome") for row in rows if "outcome" in row]
-    detail = {"error": "the parser gave up", "outcomes": []} | {key: row[key] for row in rows for key in row}
+    detail = {"error": "the parser gave up", "outcomes": []}
+    told = []
+    for row in rows:
+        if "outcome" in row:
+            told.append(row["outcome"])
+        else:
+            detail |= row
+    # Tests that the judge did not come to remain "not run".
     for test, outcome in zip(detail["outcomes"], told, strict=False):
         test["outcome"] = outcome
     return detail
@@ -112,9 +119,11 @@ class Candidate:
     """What the tests call as the entry point: hands the call to the first of the guests that are left."""
 
     def __init__(self, guests: list):
-        self.guests, self.lost = guests, ""
-        self.armed = self.owing = False  # whether the alarm rings; whether a guest has not replied yet
-        self.quiet = 0.0  # until when the alarm is silent
+        self.guests = guests
+        self.lost = ""  # how the guest of this test was lost
+        self.armed = False  # whether the alarm may ring
+        self.owing = False  # whether a guest has not replied yet
+        self.start_clock(0.0)
 
     def __call__(self, *args, **kwargs):
         return self.ask(guest.encode((args, kwargs)))
@@ -123,7 +132,8 @@ class Candidate:
         """Send one line, read one line, under the alarm of `timed`. Returns the value or raises the exception in it."""
         if self.lost or not self.guests:
             raise ConnectionError
-        line, reply = self.guests[0].line, b""
+        line = self.guests[0].line
+        reply = b""
         self.owing = True
         try:
             line.sendall(json.dumps(what).encode() + b"\n")
@@ -144,7 +154,8 @@ class Candidate:
 
     def lose(self, how: str) -> None:
         """End the guest. This decides the outcome: a test that catches the exception does not pass all the same."""
-        self.lost, self.owing = how, False
+        self.lost = how
+        self.owing = False
         os.kill(self.guests.pop(0).pid, signal.SIGKILL)
 
     def cpu_seconds(self) -> float:
@@ -154,20 +165,27 @@ class Candidate:
             return time.process_time() + (time.clock_gettime(clock) if clock else 0.0)
         return time.monotonic()
 
+    def start_clock(self, cpu: float) -> None:
+        """A test begins now, at so many seconds of CPU time."""
+        self.began_cpu = cpu
+        self.began = time.monotonic()
+        self.quiet = 0.0  # until when the alarm is silent
+
     def alarm(self, *_) -> None:
         """Rings ten times a second, and ends a test when its time is over; then again every second, if it goes on."""
-        (cpu, wall), now = self.began, time.monotonic()
-        late = now - wall > WAIT_SECONDS or self.cpu_seconds() - cpu > TEST_SECONDS
+        now = time.monotonic()
+        late = now - self.began > WAIT_SECONDS or self.cpu_seconds() - self.began_cpu > TEST_SECONDS
         if self.armed and late and now > self.quiet:
             self.quiet = now + 1
             raise KeyboardInterrupt  # which `except Exception` misses
 
     def timed(self, action, *args) -> str:
         """The outcome of an action within the time of a test; a time-out or a death costs the guest."""
-        self.lost, outcome = "", "passed"
+        self.lost = ""
+        outcome = "passed"
         if not self.guests:
             return "not run"
-        self.began, self.quiet = (self.cpu_seconds(), time.monotonic()), 0.0
+        self.start_clock(self.cpu_seconds())
         try:
             self.armed = True
             try:
@@ -237,14 +255,15 @@ def main(isolated: bool, root: bool, modules: list[str]) -> None:
 
 def run_tests(job: dict, guests: list, tell) -> None:
     """Report what the syntax trees say, then the tests, then one outcome for each."""
-    test, site = job.pop("test"), job.pop("site")
+    test = job.pop("test")
+    site = job.pop("site")
     for each in guests:
         each.line.sendall(json.dumps(job).encode() + b"\n")
     if site:  # the guests, which are forked by now, will not see it
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
         sys.path.append(site)
-    candidate, ran = Candidate(guests), []
-    candidate.began = 0.0, time.monotonic()
+    candidate = Candidate(guests)
+    ran = []  # the asserts of a test that were reached
     signal.signal(signal.SIGALRM, candidate.alarm)
     signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     if candidate.timed(lambda: tell(**candidate.ask("look"))) != "passed":
@@ -278,18 +297,24 @@ def test_steps(test: str, space: dict) -> list[tuple]:
 
     `space` learns what `check` calls the candidate; `_ran` in it, which asserts fill, must not be empty after a test.
     """
-    statements, steps = [], []
+    statements = []
     for node in ast.parse(test).body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
             space[(node.args.posonlyargs + node.args.args)[0].arg] = space["candidate"]
             statements += node.body
         elif not ast.unparse(node).startswith("check("):
             statements.append(node)
-    sources = [ast.unparse(node)[:200] for node in statements]
-    functions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
-    for each in (part for node in statements for part in ast.walk(node)):
-        if isinstance(each, ast.Assert) and not isinstance(each.test, ast.Constant):
-            each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
+    sources = []
+    functions = {}  # of the test's own
+    for node in statements:
+        sources.append(ast.unparse(node)[:200])
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = node
+        for each in ast.walk(node):
+            if isinstance(each, ast.Assert) and not isinstance(each.test, ast.Constant):
+                # `assert x` becomes `assert _ran.append(1) or x`, because append returns None.
+                each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
+    steps = []
     for node, source in zip(statements, sources, strict=True):
         asserts = asserts_run_by(node, functions)
         # Any answer passes `assert True`, and a loop over nothing. Neither may earn the next level.
@@ -303,7 +328,8 @@ def test_steps(test: str, space: dict) -> list[tuple]:
 
 def asserts_run_by(statement, functions: dict) -> list:
     """The asserts in a statement, and in the test's own functions that it calls, directly or through others."""
-    nodes, reached = list(ast.walk(statement)), set()
+    nodes = list(ast.walk(statement))
+    reached = set()
     for node in nodes:  # which grows by the functions that are found
         if isinstance(node, ast.Name) and node.id in set(functions) - reached:
             reached.add(node.id)
