@@ -27,6 +27,7 @@ text and are paid for naming the same word (`Schelling`, below, is a richer form
             return {"total": float(words[0] != "" and len(set(words)) == 1)}
 """
 
+import ast
 import gzip
 import importlib.util
 import json
@@ -537,16 +538,21 @@ class Coding(Task):
         if self.num_agents == 1:
             role = "Write a helper function for this, and then this function, which may call it. Write only code."
             return [f"{problem}\n\n{role} Start with:\ndef aux({parameters}):"]
-        role = "Write only a helper function for this, which returns a value. Write only code."
+        role = "Write only a helper function for this, without a docstring. It returns a value. Write only code."
         prompts = []
-        # The helpers are shown as if they were there. A model that only reads that it may call them writes all itself.
-        stubs = ""
+        calls = []
         for name in self.helpers:
-            head = f"def {name}({parameters}):"
-            prompts.append(f"{problem}\n\n{role} Start with:\n{head}")
-            stubs += f"{head}\n    ...  # a colleague writes this helper\n\n"
-        role = f"Write only the function {entry}, without a docstring. Use the result of {', '.join(self.helpers)}."
-        return [*prompts, f"{stubs}{problem}\n\n{role} Start with:\ndef {entry}({parameters}):"]
+            prompts.append(f"{problem}\n\n{role} Start with:\ndef {name}({parameters}):")
+            calls.append(f"{name}({arguments_of(item)})")
+        # Without the calls in full, or when told what not to write, small models write all themselves. The wordings
+        # that were tried are in benchmarks/README.md.
+        called = ", ".join(calls)
+        if len(calls) == 1:
+            role = f"A colleague writes the helper {called}, which solves a part of this."
+        else:
+            role = f"Colleagues write the helpers {called}, which solve parts of this."
+        role += f" Write only the function {entry}, without a docstring. It calls {called} and uses the result."
+        return [*prompts, f"{problem}\n\n{role} Start with:\ndef {entry}({parameters}):"]
 
     def diagnosis(self, item, turn, agent):
         """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
@@ -595,6 +601,15 @@ class Coding(Task):
 
     def reward(self, item, history, texts):
         return self.reward_all([(item, history, texts)])[0]
+
+
+def arguments_of(item):
+    """What a call of a problem's function has in its brackets: the names of its parameters."""
+    try:
+        function = ast.parse(f"def f({parameters_of(item)}): ...").body[0]
+    except SyntaxError:
+        return "..."
+    return ", ".join(parameter.arg for parameter in function.args.args) or "..."
 
 
 def as_humaneval(row):

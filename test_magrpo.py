@@ -981,6 +981,14 @@ def test_coding_has_the_papers_split_and_a_role_for_each_agent():
     assert all(name in prompts[-1] for name in names)
 
 
+def test_the_main_agent_reads_how_to_call_each_helper():
+    """Told only that it may use aux, the model wrote all itself, and no run had a helper that was paid."""
+    for head, call in {"n": "n", "xs: list[int], k: int = 2": "xs, k", "*args": "...", "x; y": "..."}.items():
+        item = {"prompt": f"def f({head}):\n    pass", "entry_point": "f", "test": "assert f(1)"}
+        assert f"aux({call}) and uses" in tasks.TASKS["coding"](2).first_prompts(item)[1]
+        assert f"aux({call}), aux2({call}) and uses" in tasks.TASKS["coding"](3).first_prompts(item)[2]
+
+
 def test_coding_rewards_are_those_of_all_the_answers():
     """The answers of a third agent were not joined to the program."""
     item = make_item("assert candidate(1) == 3", "assert candidate(2) == 5", prompt="def f(x): ...")
