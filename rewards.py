@@ -111,11 +111,13 @@ CODE_MAX = {"total": 4.0, "structure": 1.0, "syntax": 0.5, "tests": 1.0, "cooper
 
 MAX_ANSWER = 50_000  # characters of an answer that are read
 
-# An unindented line that starts code; that starts code only before the first definition; that continues code.
+# What an unindented line looks like that starts code.
 START = re.compile(
     r"(async +)?def +\w|class +\w+ *[:(]|@\w|import +[\w.]+( +as +\w+)? *([,;#]|$)|from +[\w.]+ +import "
 )
+# That starts code, but only before the first definition.
 SETUP = re.compile(r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:")
+# That continues code.
 MORE = re.compile(
     rf"""({"|".join(keyword.kwlist)}|match|case|print)\b  # a statement
     | [\#@"')\]}}]  # a comment, a decorator, a string, the end of a bracket
@@ -136,8 +138,9 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     `aux` is the answer that should define `aux`, or a list of answers for aux, aux2, aux3, …: structure and cooperation
     are then in proportion to the helpers defined and used. [] if one agent writes both functions, in `main`.
     `item`: `prompt`, `entry_point`, and `test` as in HumanEval, `check(candidate)` with asserts, or bare asserts that
-    call the entry point. A test is an assert, a loop of them, or a call of the test's own function that holds them; it
-    passes if at least one of its asserts ran, and `assert True` is none. Arguments and results are copied plain data:
+    call the entry point. A test is an assert, a loop of them, or a call of the test's own function that holds them. It
+    passes if it raises nothing and at least one assert ran; `assert True` does not count, and a test whose only assert
+    is `assert False` passes if that is not reached. Arguments and results are copied plain data:
     None, numbers, text, bytes; lists, tuples, sets and dicts of them. So a test cannot see what a function did to an
     argument, and one that wants an iterator, an object or a function does not pass.
 
@@ -187,7 +190,9 @@ def helper_names(count: int) -> list[str]:
 
 def parameters_of(item: dict) -> str:
     """The parameters of a problem's function, as its prompt has them."""
-    found = re.search(rf"def {re.escape(item['entry_point'])}\((.*)\)", item["prompt"])
+    # Up to the bracket that an arrow or the colon follows: there may be others, and several lines.
+    pattern = rf"def {re.escape(item['entry_point'])}\((.*?)\)\s*(?:->[^:\n]*)?:"
+    found = re.search(pattern, item["prompt"], re.DOTALL)
     return found[1] if found else "*args"
 
 
@@ -196,8 +201,8 @@ def extract_code(text: str, head: str = "def f():") -> str:
 
     A base model goes on where the prompt ends, so an answer that begins with indented code is the body of `head`.
 
-    An unindented line tells whether what follows is code. In a fence, all of it is from the first such line on. After
-    the first definition only imports and definitions start code again; an example call does not.
+    An unindented line tells whether what follows is code. In a fence, everything from the first such line on is code.
+    After the first definition only imports and definitions start code again; an example call does not.
     """
     text = re.sub(r"\r\n?", "\n", text[:MAX_ANSWER].lstrip("\ufeff"))
     if body := body_of(text):
@@ -206,7 +211,7 @@ def extract_code(text: str, head: str = "def f():") -> str:
     kept = []
     code = False  # whether the lines here are code
     fenced = False  # in a fence
-    quoted = False  # in a string of several lines, where no line says anything about what follows
+    quoted = ""  # the quotes of the string of several lines that we are in: no line of it says what follows
     defined = False  # after a definition
     for line in text.split("\n"):
         if line and line[0] not in " \t" and not quoted:
@@ -219,7 +224,11 @@ def extract_code(text: str, head: str = "def f():") -> str:
         if code:
             kept.append(line)
             defined |= "def " in line
-            quoted ^= (line.count('"""') + line.count("'''")) % 2 == 1
+            for quotes in re.findall(r"\"{3}|'{3}", line):
+                if not quoted:
+                    quoted = quotes
+                elif quoted == quotes:  # the other kind is text here
+                    quoted = ""
     return "\n".join(kept)
 
 
@@ -234,7 +243,10 @@ def body_of(text: str) -> str:
 
 
 def _defines(name: str, code: str) -> bool:
-    """`def name(`, and `return` before the next def. Read off the text, so a syntax error costs only the next level."""
+    """`def name(`, and a `return` before the next definition that is indented no deeper.
+
+    This is read off the text, so a syntax error costs only the next level.
+    """
     depth = None  # of the definition that a line is in, if it is one of that name
     for line in LITERAL.sub("''", code).split("\n"):  # a docstring may speak of what the function returns
         start = re.match(r"([ \t]*)(?:def[ \t]+(\w+)[ \t]*\(|(?:async|def|class)\b)", line)

@@ -1,8 +1,8 @@
 r"""Tasks: what the agents read, and what their joint answer is worth.
 
-A task has train_items and eval_items, and these functions of an item (a dict of the data) and of the history of one
-path through the tree, a list of {"texts": the N answers, "reward": the reward's parts} for each earlier turn. Where an
-expert was asked about a turn, "advice" has its N texts, or None if it failed.
+A task has train_items, eval_items and the three functions below. `item` is a row of the data, a dict. `history` is a
+list with a dict for each earlier turn on a path through the tree: {"texts": the N answers, "reward": the reward and its
+parts}. Where an expert was asked about a turn, "advice" has its N texts, or None if it failed.
 
     prompts(item, history) -> N texts      None in place of a text: this agent is silent, and its answer is None
     reward(item, history, texts) -> {"total": ..., and its parts}
@@ -167,7 +167,7 @@ class Task:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
         self.num_agents = num_agents
         self.feedback = feedback
-        self.history = history
+        self.shown_history = history  # full: all earlier turns; last: the last one
         self.protocol = protocol
         self.options = options
         self.expert = options.get("expert")
@@ -226,10 +226,10 @@ class Task:
                 # In a sequence, an answer is judged with those of the others, when the round is over.
                 judged = history[t : t + self.num_agents][-1] if self.protocol == "sequential" else turn
                 parts.append(f"\n\nYour previous answer:\n{answer}\n\n{self.remark(item, judged, agent)}")
-        return "".join(parts if self.history == "full" else parts[-1:])
+        return "".join(parts if self.shown_history == "full" else parts[-1:])
 
     def remark(self, item, turn, agent):
-        """What an agent reads about its answer in a turn. It depends only on item and turn."""
+        """What an agent reads about its answer in a turn."""
         if self.feedback == "plain" or (self.feedback == "expert" and "advice" not in turn):  # before --guided-from
             return self.revise
         if turn.get("advice"):
@@ -251,9 +251,10 @@ class Task:
         questions = []
         for item, history in paths:
             parts = []
-            for agent, prompt in enumerate(self.first_prompts(item)):
-                parts.append(f"Agent {agent + 1} was told:\n{prompt}")
-                parts.append(f"It answered:\n{history[-1]['texts'][agent]}")
+            for agent, prompt in enumerate(self.prompts(item, [])):
+                answer = history[-1]["texts"][agent]
+                parts.append(f"Agent {agent + 1} was told:\n{prompt or 'nothing'}")
+                parts.append(f"It answered:\n{'nothing' if answer is None else answer}")
                 parts.append(f"A program says: {self.diagnosis(item, history[-1], agent)}")
             questions.append("\n\n".join(parts))
         return self.expert.advise(questions, self.num_agents)
@@ -314,7 +315,7 @@ class Expert:
 
     def warning(self):
         """Ask something simple, to say at the start that the expert does not answer."""
-        ((_, reason),) = self.ask_all(["Say hello."], 1, tries=1)
+        _, reason = self.ask_all(["Say hello."], 1, tries=1)[0]
         reached = reason in (None, "ValueError")  # another form of answer is an answer
         return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
 
@@ -371,7 +372,7 @@ class Expert:
         _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
         found = dict(zip(parts[::2], parts[1::2], strict=True))
         advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
-        text.encode()  # raises for lone surrogates
+        text.encode()  # raises UnicodeEncodeError, a ValueError, for lone surrogates
         quotes_key = len(self.key) > 5 and self.key in text  # shorter keys are placeholders, such as "none"
         if not all(advice) or quotes_key:
             raise ValueError("not the form that was asked for")
@@ -448,7 +449,13 @@ class Schelling(Task):
 
     default_data, fields = "posts.jsonl", ("prompt",)
     maxima = {"total": 1.0, "named": 0.2, "agreement": 0.8}
-    defaults = {"weights": "adapters", "steps": 15, "group": 8, "max_new_tokens": 8, "temperature": 1.0}
+    defaults = {
+        "weights": "adapters",
+        "steps": 15,
+        "group": 8,
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+    }
     agents_allowed = range(2, 5)
     length = 22  # words of the text
 
@@ -469,7 +476,8 @@ class Schelling(Task):
         return views
 
     def reward(self, item, history, texts):
-        shared = set.intersection(*(set(content_words(view)) for view in self.views_of(item)))
+        views = [set(content_words(view)) for view in self.views_of(item)]
+        shared = set.intersection(*views)
         named = []  # the first word of each answer that all have read
         for text in texts:
             words = [word for word in content_words(text) if word in shared]
@@ -514,13 +522,15 @@ class Coding(Task):
 
     def solvable(self, items):
         """The items, but for those that no answer can solve: they are refused or, with --skip-bad, left out."""
+        skip = self.options.get("skip_bad", False)
         # One process judges for all, because a solution that is slow may pass on one and not on another.
-        bad = world.gather(unsolvable(items) if world.rank == 0 else None)[0]
+        bad = world.gather(unsolvable(items, all_of_them=skip) if world.rank == 0 else None)[0]
         if bad:
             where, problem = next(iter(bad.items()))
-            if not self.options.get("skip_bad"):
+            if not skip:
                 raise UserError(f"{where}: {problem}; --skip-bad leaves out such problems ({len(bad)} of {len(items)})")
-            print(f"left out {len(bad)} of {len(items)} problems, such as {where}", flush=True)
+            if world.rank == 0:
+                print(f"left out {len(bad)} of {len(items)} problems, such as {where}", flush=True)
         return [item for item in items if item.where not in bad]
 
     def warning(self):
@@ -587,7 +597,12 @@ class Coding(Task):
         for test in tests:
             source = re.sub(r"\bcandidate\b", entry, test["test"])
             said.append(f"{source}: {test['outcome']}.")
-        used = {0: "does not use", 1: "uses"}.get(detail["uses"], "does not use all of")
+        if detail["uses"] == 0:
+            used = "does not use"
+        elif detail["uses"] == 1:
+            used = "uses"
+        else:
+            used = "does not use all of"
         said.append(f"{entry} {used} {', '.join(self.helpers)}.")
         if entry in own and detail["wrapper"]:
             said.append("It only passes on what a helper returns.")
@@ -609,7 +624,8 @@ def arguments_of(item):
         function = ast.parse(f"def f({parameters_of(item)}): ...").body[0]
     except SyntaxError:
         return "..."
-    return ", ".join(parameter.arg for parameter in function.args.args) or "..."
+    parameters = [*function.args.posonlyargs, *function.args.args]
+    return ", ".join(parameter.arg for parameter in parameters) or "..."
 
 
 def as_humaneval(row):
@@ -636,22 +652,26 @@ def check_problem(item):
     return ""
 
 
-def unsolvable(items):
-    """Why problems cannot be solved, by where they come from."""
+def unsolvable(items, all_of_them):
+    """Why problems cannot be solved, by where they come from.
+
+    Where a problem brings a solution, it is judged: the test may need what the sandbox does not have. all_of_them:
+    judge every solution; else, of a large set, about 64, which takes seconds instead of minutes.
+    """
     bad = {}
-    solved = []
+    judged = []
     for item in items:
         if problem := check_problem(item):
             bad[item.where] = problem
         elif item.get("canonical_solution"):
-            solved.append(item)
-    # Own solutions are judged, of a large set a sample: a test may need what the sandbox does not have.
-    solved = solved[:: max(len(solved) // 64, 1)]
+            judged.append(item)
+    if not all_of_them:
+        judged = judged[:: max(len(judged) // 64, 1)]
     try:
-        verdicts = judge_many([("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in solved])
+        verdicts = judge_many([("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in judged])
     except RuntimeError as error:
         raise UserError(f"code cannot be judged here: {first_line(error)}") from error
-    for item, reward in zip(solved, verdicts, strict=True):
+    for item, reward in zip(judged, verdicts, strict=True):
         outcomes = {test["outcome"] for test in reward["detail"]["outcomes"]}
         failed = outcomes - {"passed", "time-out", "not run"}  # a machine may be too slow for a right solution
         if failed or not outcomes:
@@ -666,8 +686,9 @@ def find_task(name):
         return TASKS[name]
     if not path.endswith(".py"):
         raise UserError(f"--task {name}: choose {', '.join(TASKS)}, or name a class of your own as FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"task_file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does

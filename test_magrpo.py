@@ -4,6 +4,7 @@ All models are real transformers with random weights, large enough that logits d
 the same logits everywhere cannot see an off-by-one. Every policy's pad token is its stop token.
 """
 
+import ast
 import copy
 import functools
 import gzip
@@ -42,7 +43,7 @@ import torch.distributed.run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import magrpo
 import rewards
@@ -983,8 +984,10 @@ def test_coding_has_the_papers_split_and_a_role_for_each_agent():
 
 def test_the_main_agent_reads_how_to_call_each_helper():
     """Told only that it may use aux, the model wrote all itself, and no run had a helper that was paid."""
-    for head, call in {"n": "n", "xs: list[int], k: int = 2": "xs, k", "*args": "...", "x; y": "..."}.items():
-        item = {"prompt": f"def f({head}):\n    pass", "entry_point": "f", "test": "assert f(1)"}
+    heads = {"n):": "n", "xs: list[int], k: int = 2) -> dict[str, int]:": "xs, k", "*args):": "...", "x; y):": "..."}
+    heads |= {"a, b): # (their sum)": "a, b", "a) -> tuple[()]:": "a", "a, /,\n    b=(1, 2),\n):": "a, b"}
+    for head, call in heads.items():
+        item = {"prompt": f"def f({head}\n    pass", "entry_point": "f", "test": "assert f(1)"}
         assert f"aux({call}) and uses" in tasks.TASKS["coding"](2).first_prompts(item)[1]
         assert f"aux({call}), aux2({call}) and uses" in tasks.TASKS["coding"](3).first_prompts(item)[2]
 
@@ -1523,6 +1526,20 @@ def arguments(files, out, *more, **changed):
     return [*[f"--{name}={value}" for name, value in options.items()], *more]
 
 
+def test_by_default_a_larger_model_learns_at_a_lower_rate(files, tmp_path, monkeypatch):
+    """The rate that suits 135 M destroyed a model of 0.5 B, and --resume gave one agent the rate of another's model."""
+    seen = []
+    monkeypatch.setattr(train, "train", lambda config, _, policies: seen.append([config.lr, *(p.lr for p in policies)]))
+    for weights, usual in {"separate": 6e-5, "adapters": 8e-4}.items():
+        for size, expected in {135e6: usual, 1350e6: usual / 10}.items():
+            sizes = {"llama": 1e6, "gpt2": size}
+            monkeypatch.setattr(PreTrainedModel, "num_parameters", lambda self, s=sizes: s[self.config.model_type])
+            names = files["gpt2"] if weights == "adapters" else f"{files['llama']},{files['gpt2']}"
+            run = arguments(files, tmp_path / f"{weights}-{size}", model=names, lr=0, weights=weights)
+            assert train.main(run) == 0 and set(seen[-1]) == {seen[-1][0]}
+            assert seen[-1][0] == pytest.approx(expected)
+
+
 def table_of(printed):
     """The printed table as {row: values}, without the row that measures time."""
     rows = [row for row in printed.split("held-out items")[-1].splitlines()[1:] if re.match(r"\S.{19} +\d", row)]
@@ -1641,7 +1658,7 @@ def test_rows_of_other_forms_just_work(tmp_path):
     path.write_text("\n".join([json.dumps(mbpp)] * 4))
     task = tasks.TASKS["coding"](2, str(path))
     item = task.train_items[0]
-    assert item["entry_point"] == "add" and "\n\nAdd one.\n\n" in task.prompts(item, [])[1]
+    assert item["entry_point"] == "add" and task.prompts(item, [])[1].startswith("Add one.\n\n")
     assert task.reward(item, [], [AUX, mbpp["code"]])["passed"] == 1.0
     bad = mbpp | {"code": mbpp["code"].replace("+ 1", "+ 2")}
     path.write_text("\n".join([json.dumps(bad), *[json.dumps(mbpp)] * 4]))
@@ -1649,6 +1666,19 @@ def test_rows_of_other_forms_just_work(tmp_path):
         tasks.TASKS["coding"](2, str(path))
     task = tasks.TASKS["coding"](2, str(path), skip_bad=True)
     assert len(task.train_items + task.eval_items) == 4
+
+
+def test_all_solutions_are_judged_before_bad_ones_are_left_out(tmp_path, monkeypatch):
+    """Of a large set every fifth solution was judged, and "left out 3 of 374" was said of all."""
+    row = {"prompt": "def f(x):\n", "entry_point": "f", "test": "assert f(1) == 2"}
+    rows = [row | {"canonical_solution": f"    return {n}"} for n in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judged = []
+    monkeypatch.setattr(tasks, "judge_many", lambda jobs: judged.append(len(jobs)) or [bad] * len(jobs))
+    bad = {"detail": {"outcomes": [{"outcome": "passed"}]}}
+    for skip_bad in (True, False):
+        tasks.TASKS["coding"](2, str(tmp_path / "rows.jsonl"), skip_bad=skip_bad)
+    assert judged == [200, 67]
 
 
 def run_as_script(arguments):
@@ -1884,6 +1914,14 @@ def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys
         assert ("above its maximum" in capsys.readouterr().out) == (name == "Rich")
         metrics = train.read_lines(out / "metrics.jsonl")[-1]
         assert ("eval/length/agent_1" in metrics) == (name != "Silent")
+
+
+def test_a_task_file_may_hold_a_dataclass(tmp_path):
+    """dataclasses look for the module of a class, which was nowhere."""
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom tasks import Task\n"
+    (tmp_path / "rewards.py").write_text(f"{text}@dataclass\nclass Word:\n    text: str\nclass Mine(Task):\n    pass")
+    assert tasks.find_task(f"{tmp_path}/rewards.py:Mine").__name__ == "Mine"
+    assert sys.modules["rewards"] is rewards, "and its name is not that of a module of ours"
 
 
 def test_a_task_derived_from_a_tuned_one_has_its_own_defaults(tmp_path):
@@ -2219,6 +2257,33 @@ def test_an_interrupt_drops_a_rollout_and_finishes_an_update(monkeypatch):
     assert not handlers
 
 
+def test_a_run_that_was_interrupted_makes_up_for_its_evaluation(files, tmp_path, monkeypatch):
+    """Ctrl-C in an evaluation left a hole in the curve; in the last step, it waited for an evaluation of minutes."""
+    assert train.main(arguments(files, tmp_path / "whole", "--eval-every=1")) == 0
+    evaluate, train_step = train.evaluate, train.train_step
+    evaluations = []
+
+    def interrupted_evaluation(*args):
+        evaluations.append(1)
+        if len(evaluations) == 2:  # after step 1
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    def interrupted_step(policies, task, items, cfg, number):
+        if number == 2:  # the last one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(policies, task, items, cfg, number)
+
+    out = tmp_path / "stopped"
+    monkeypatch.setattr(train, "evaluate", interrupted_evaluation)
+    monkeypatch.setattr(train, "train_step", interrupted_step)
+    assert train.main(arguments(files, out, "--eval-every=1")) == 0 and len(evaluations) == 2
+    assert train.main([f"--resume={out}"]) == 0 and len(evaluations) == 3, "that of step 1, and not yet the last one"
+    assert not (out / "agent_0").exists()
+    assert train.main([f"--resume={out}"]) == 0 and len(evaluations) == 4
+    assert_equal_runs(out, tmp_path / "whole")
+
+
 def test_a_run_that_was_interrupted_has_agents(short_run, files, tmp_path, capsys):
     """What had been trained until Ctrl-C could be resumed, and neither evaluated nor trained on."""
     out = shutil.copytree(short_run, tmp_path / "run")
@@ -2508,6 +2573,15 @@ def test_cooperation_needs_one_passed_test():
     assert third["total"] == pytest.approx(1.5 + 1 / 3 + 1.5) and outcomes(third) == ["passed", "failed", "failed"]
 
 
+def test_a_result_is_thrown_away_if_no_name_of_it_is_read():
+    """Two names that nothing read were paid like a use of the result."""
+    bodies = {"aux(x)": True, "a, b = aux(x)": True, "a, *b = aux(x)\n    print(b)": False, "[a] = aux(x)": True}
+    bodies |= {"x[0] = aux(x)": False, "x.a = aux(x)": False, "a = b = aux(x)\n    return b": False, "a = x": False}
+    for body, expected in bodies.items():
+        (entry,) = ast.parse(f"def f(x):\n    {body}").body
+        assert sandbox.guest.throws_away(entry, {"aux"}) is expected, body
+
+
 def test_several_helpers_share_the_parts_of_one():
     """Three or more agents: each helper that is defined, and used, earns its share; all of them earn 4."""
     helpers = ["def aux(x):\n    return x + 2", "def aux2(x):\n    return x - 1"]
@@ -2536,6 +2610,7 @@ AROUND = [  # answers with the same code in them
     f"{PURE}\n\nYou can test it:\n```python\ndef test_f():\n    assert f(1) == 2\n```",
     f"Use math.\n```python\nimport math\nONE = math.ceil(1)\n```\nThen:\n{FENCED.replace('+ 1', '+ ONE')}",
     f"A stub:\n```python\ndef f(x):\n    pass\n```\nand now\n{FENCED}",
+    '```python\ndef f(x):\n    """Has no \'\'\' in it."""\n    return x + 1\n```\nDone',
     "1. Add:\n\n   ```python\n   def f(x):\n       return x + 1\n   ```\n2. Done",
     FENCED.replace("\n", "\r\n"),
     f" {PURE}",
@@ -2917,7 +2992,7 @@ def test_reduced_isolation_still_judges(reduced, own_temp):
 
 def test_a_judge_deep_in_c_is_ended(monkeypatch):
     """A test of the data set may do with a returned value what hears no alarm, e.g. sum up to it."""
-    monkeypatch.setattr(sandbox.judge, "JOB_SECONDS", 4)  # of the trainer only: the judge has more seconds of CPU
+    monkeypatch.setattr(sandbox.judge, "JOB_SECONDS", 3)  # of the trainer only: the judge has more seconds of CPU
     item = make_item("assert candidate(1) == 1", "assert sum(range(candidate(2))) == 0", "assert candidate(1) == 1")
     for unshare in (sandbox.judge._unshare, list):
         monkeypatch.setattr(sandbox.judge, "_unshare", unshare)
@@ -3151,7 +3226,10 @@ def test_agents_answer_a_text(short_run, files, tmp_path, capsys, monkeypatch):
     assert train.main(arguments(files, "", "--ask=road")) == 0, "the untrained model"
     problem = json.dumps({"prompt": "def f(x):", "entry_point": "f", "test": "assert f(1) == 2"})
     coding = arguments(files, "", "--task=coding", data=files["problems"])
-    assert train.main([*coding, "--ask", problem]) == 0 and "pass@1 0.00 of 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(tasks, "isolation", lambda: {"processes": True, "network": False})
+    assert train.main([*coding, "--ask", problem]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1 0.00 of 1.0" in printed and "not isolated from this machine's network" in printed
     for flags, message in {
         ("--ask=",): "--ask: the field prompt is missing",
         ("--ask", f"{files['llama']}/model.safetensors"): "--ask cannot be read as a text",

@@ -523,21 +523,29 @@ class Log:
     """metrics.jsonl and samples.jsonl of a run, and the optional logger. Only process 0 has one."""
 
     def __init__(self, config, step):
-        """step: the last one of the log that stays, -1 for none."""
+        """step: lines up to this step are kept; -1 keeps none."""
         self.folder = Path(config.out)
         self.warned = set()
         self.send = lambda values, step: None
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if path.exists():  # drop what came after the checkpoint: those steps run again
-                lines = path.read_bytes().splitlines(keepends=True)
-                lines = [line for line in lines if json.loads(line)["step"] <= step and b'"when": "' not in line]
+                kept = []
+                for line in path.read_bytes().splitlines(keepends=True):
+                    record = json.loads(line)
+                    if record["step"] <= step and "when" not in record:  # the run writes these again at its end
+                        kept.append(line)
                 with replacing(path) as partial:
-                    partial.write_bytes(b"".join(lines))
+                    partial.write_bytes(b"".join(kept))
         if config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(self.folder, purge_step=step + 1)
-            self.send = lambda values, step: [board.add_scalar(name, value, step) for name, value in values.items()]
+
+            def send(values, step):
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
+
+            self.send = send
         elif config.log == "wandb":
             import wandb
 
@@ -579,7 +587,10 @@ def episode_of(task, turns):
 
 
 def show_episode(episode, maxima):
-    """An episode as text, earlier turns first. A prompt and a text are None where an agent does not speak."""
+    """An episode as text: the prompts of its last turn, which hold its history, then the answers and rewards of all.
+
+    A prompt and an answer are None where an agent does not speak.
+    """
     lines = []
     for agent, prompt in enumerate(episode["prompts"]):
         lines.append(f"--- prompt of agent {agent}\n{'(silent)' if prompt is None else prompt}")
@@ -621,7 +632,7 @@ def draw_curve(log, maxima):
 def print_table(columns, maxima):
     """Evaluations side by side. columns: {heading: metrics}."""
     rows = defaultdict(list)
-    agents = [name for name in next(iter(columns.values())) if name.startswith("length/")]
+    lengths = [key for key in next(iter(columns.values())) if key.startswith("length/")]
     for heading, metrics in columns.items():
         rows["held-out items"].append(heading)
         for part, best in maxima.items():
@@ -629,8 +640,8 @@ def print_table(columns, maxima):
             name, title = ("reward", "return") if part == "total" else (f"reward/{part}", part)
             reward = metrics.get(name, 0)
             rows[title].append(f"{reward:.2f} of {float(best)} {100 * reward / best:6.1f} %")
-        for name in agents:
-            rows[f"tokens of {name[7:]}"].append(f"{metrics.get(name, 0):.1f}")
+        for key in lengths:
+            rows[f"tokens of {key.removeprefix('length/')}"].append(f"{metrics.get(key, 0):.1f}")
         rows["truncated"].append(f"{100 * metrics['truncated']:.1f} %")
         rows["tokens/s"].append(f"{metrics['sample_tokens_per_s']:.1f}")
     print()
@@ -656,13 +667,15 @@ def fingerprint(task, policies):
 def save_checkpoint(config, step, policies, extra):
     """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
     place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
-    for killed in place.parent.glob("*.partial") if world.rank == 0 else ():
-        if killed.name != f"{place.name}.partial":  # which other processes may be writing already
+    for killed in place.parent.glob("*.partial"):
+        # Other processes may be writing to a folder of this name already.
+        if world.rank == 0 and killed.name != f"{place.name}.partial":
             shutil.rmtree(killed)
     with replacing(place, last=world.rank == 0) as partial:
         partial.mkdir(parents=True, exist_ok=True)
-        for policy in policies if world.replica == 0 else ():
-            torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
+        for policy in policies:
+            if world.replica == 0:
+                torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
         world.barrier()
     if world.rank == 0:
         for old in checkpoints_in(config.out)[: -config.keep]:
@@ -756,6 +769,13 @@ def print_header(config, task, policies, device):
         print(f"writes  {config.out}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/", flush=True)
 
 
+def print_warnings(warnings):
+    """Print those that are not empty, in one process."""
+    for warning in warnings:
+        if warning and world.rank == 0:
+            print(f"warning: {warning}", flush=True)
+
+
 def run(config):
     """Set up, then train or evaluate. Returns the metrics of an evaluation."""
     device = start_processes(config)
@@ -775,18 +795,22 @@ def run(config):
         warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
     policies = load_policies(config, device)
     if config.ask:
+        print_warnings(warnings)
         return ask(config, task, policies)
     warnings.append(check_reward(task))
     check_prompts(config, task, policies)
-    config.dtype = str(policies[0].dtype)[6:]  # what auto has become; it may differ on another machine
-    config.lr = policies[0].lr
+    config.dtype = str(policies[0].dtype).removeprefix(
+        "torch."
+    )  # what auto has become; it may differ on another machine
+    config.lr = min(world.gather(min(policy.lr for policy in policies)))  # one for all: that of the largest model
+    for policy in policies:
+        policy.lr = config.lr
     world.barrier()  # when all processes have passed their checks, make the folder
     if not config.eval_only:
         config.out = config.resume or world.gather(run_folder(config) if world.rank == 0 else None)[0]
     if world.rank == 0:
         print_header(config, task, policies, device)
-        for warning in filter(None, warnings):
-            print(f"warning: {warning}", flush=True)
+    print_warnings(warnings)
     if not config.eval_only:
         return train(config, task, policies)
     metrics, episode = evaluate_task(config, task, policies)
@@ -808,6 +832,7 @@ def train(config, task, policies):
     saved_at = time.monotonic()
     before = checkpoint.get("before")
     after = None
+    missed = checkpoint.get("missed_evaluation", False)  # whether an interrupt has ended that of this step
     log = None
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
@@ -817,28 +842,36 @@ def train(config, task, policies):
         log = Log(config, step if checkpoint else -1)
     try:
         before = before or evaluate_task(config, task, policies, log, 0)
+        if missed:
+            evaluate_task(config, task, policies, log, step)
+            missed = False
         with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
             # All processes have to stop at the same step, or some would wait for the others for ever.
             while step < config.steps and not any(world.gather(bool(caught))):
                 one_step(config, task, policies, step + 1, log, bar)
                 step += 1
-                if log and bar.n == bar.initial + 1:
+                if log and bar.n == bar.initial + 1:  # the first step of this process
                     evaluations = 1 + (config.steps - step) // (config.eval_every or config.steps)
                     seconds = (config.steps - step) * bar.format_dict["elapsed"] + evaluations * before[0]["rollout_s"]
                     bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                    missed = True
                     evaluate_task(config, task, policies, log, step)
+                    missed = False
                     bar.unpause()  # it shows the speed of training alone
-                due = time.monotonic() - saved_at > 600 if not config.save_every else step % config.save_every == 0
+                due = time.monotonic() - saved_at > 600
+                if config.save_every:
+                    due = step % config.save_every == 0
                 if world.gather(due)[0]:
                     saved = save_checkpoint(config, step, policies, {"fingerprint": mark, "before": before})
                     saved_at = time.monotonic()
-        if step == config.steps:
+        if step == config.steps and not any(world.gather(bool(caught))):
             after = evaluate_task(config, task, policies, log, step)
     except KeyboardInterrupt:  # from catch_signals, with nothing half done: step is the last one that was finished
         pass
     if before and not after and saved != step:
-        save_checkpoint(config, step, policies, {"fingerprint": mark, "before": before})
+        extra = {"fingerprint": mark, "before": before, "missed_evaluation": missed}
+        save_checkpoint(config, step, policies, extra)
     world.barrier()
     if world.size > 1:
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
@@ -882,15 +915,18 @@ def items_of_step(items, config, step):
 
 
 def evaluate_task(config, task, policies, log=None, step=None):
-    """Metrics on the held-out items, and an episode of the first one. With a log, both go there."""
+    """Metrics on the held-out items, which also go to the log if there is one, and an episode of the first item."""
     # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
     rollouts = math.ceil(len(task.eval_items) / world.num_replicas / magrpo.AT_ONCE)
     calls = rollouts * config.turns * len(policies) * (1 + config.max_new_tokens)
     form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     hidden = world.rank > 0 or None  # None: a file gets no bar
     with tqdm(total=calls, bar_format=form, leave=False, disable=hidden) as bar:
-        # "and None": what a hook returns would replace the output of the model.
-        hooks = [policy.model.register_forward_hook(lambda *_: bar.update() and None) for policy in policies]
+
+        def count_call(*_):  # returns nothing: what a hook returns replaces the output of the model
+            bar.update()
+
+        hooks = [policy.model.register_forward_hook(count_call) for policy in policies]
         turns, metrics = evaluate(policies, task, task.eval_items, config)
         for hook in hooks:
             hook.remove()
@@ -928,18 +964,17 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTE
 def catch_signals():
     """Ctrl-C, SIGTERM and SIGHUP fill the list that this returns, and stop a rollout. A second one exits at once."""
     caught = []
-    # Under torchrun, one Ctrl-C can arrive twice: from the terminal and from torchrun.
-    echo = 1.0 if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0.0
+    under_torchrun = "TORCHELASTIC_RESTART_COUNT" in os.environ
 
     def handler(number, frame):
-        if caught and time.monotonic() - caught[0] < echo:
-            return
+        if caught and under_torchrun and time.monotonic() - caught[0] < 1.0:
+            return  # the same Ctrl-C: it comes from the terminal and, once more, from torchrun
         if caught:
             sys.exit(128 + number)
         caught.append(time.monotonic())
         at_once = world.may_stop and world.size == 1  # several processes stop together, after the step
         when = f"saving {'now' if at_once else 'after this step'}; a second one ends without saving"
-        when += "; the traceback that follows is torchrun's own" if echo else ""
+        when += "; the traceback that follows is torchrun's own" if under_torchrun else ""
         with contextlib.suppress(OSError):  # the terminal may have gone
             print(f"\n{signal.Signals(number).name}: {when}", file=sys.stderr)
         if at_once:
@@ -955,7 +990,7 @@ def finish(config, task, policies, log, before, after):
     """Save the agents, show the held-out item before and after training, print the table."""
     folder = Path(config.out)
     failed = None
-    for policy in policies if world.replica == 0 else ():
+    for policy in policies if world.replica == 0 else []:  # the other replicas hold the same agents
         for agent in policy.agents:
             try:
                 with replacing(folder / f"agent_{agent}") as partial:

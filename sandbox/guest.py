@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import types
 from collections import namedtuple
 
 NOBODY = 65534  # the user and the group without rights
@@ -73,14 +74,15 @@ def lock_in(keep: int, root: bool) -> None:
 
 def serve(line) -> None:
     """Read the job, then serve: "look" (parse the answer, say what is seen), "load", or the arguments of a call."""
-    line.sendall(b"1" if os.path.samefile("/", ".") else b"0")
+    line.sendall(b"1" if os.path.samefile("/", ".") else b"0")  # whether chroot worked
     requests = map(json.loads, line.makefile("rb"))
     job = next(requests)
     loaded = False
     for request in requests:
         try:
             if request != "look" and not loaded:  # before a call, too: the guest that loaded may be lost
-                module = sys.modules["answer"] = type(sys)("answer")  # dataclasses look there
+                module = types.ModuleType("answer")
+                sys.modules["answer"] = module  # dataclasses look there
                 space = module.__dict__
                 for code in (preamble(job), *job["program"]):
                     exec(code, space)
@@ -102,6 +104,7 @@ def serve(line) -> None:
 
 def preamble(job: dict):
     """The prompt without its function, compiled: imports and helper functions. Nothing if the prompt is not code."""
+    # A prompt may be whole code, end in a header without its body, or be prose.
     for text in (job["prompt"], job["prompt"] + "\n    pass\n", ""):
         with contextlib.suppress(SyntaxError):
             tree = ast.parse(text)
@@ -143,7 +146,8 @@ def look(job: dict) -> dict:
     # single answer, which defines both, that is no second definition.
     own = [node for node in ast.walk(trees[-1]) if len(trees) > 1 or node not in functions]
     defined = names_bound(ast.walk(ast.Module(trees, [])), "name")
-    helpers = set(job["names"]) & defined - names_bound(own, "name", "asname", "arg", "rest")
+    rebound = names_bound(own, "name", "asname", "arg", "rest")
+    helpers = (set(job["names"]) & defined) - rebound
     used = helpers_used(entry, helpers)
     wrapper = len(used) == 1 and is_wrapper(entry, helpers)
     uses = len(used) / max(1, len(job["names"]))
@@ -201,12 +205,18 @@ def is_wrapper(entry, helpers: set) -> bool:
 
 
 def throws_away(entry, helpers: set) -> bool:
-    """Whether the result of a call of a helper goes nowhere, or into names that are never read."""
+    """Whether `aux(...)` stands alone as a statement, or is assigned to names that are never read.
+
+    Other ways to ignore a result, such as `str(aux(n))`, are not recognised.
+    """
     nodes = list(ast.walk(entry))
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     for node in nodes:
         if takes_result(node, helpers):
-            if all(isinstance(place, ast.Name) and place.id not in read for place in targets(node)):
+            names = set()  # `a, b = aux(n)` has two names in one place; `x[0] = aux(n)` reads x
+            for place in targets(node):
+                names |= {part.id for part in ast.walk(place) if isinstance(part, ast.Name)}
+            if not names & read:
                 return True
     return False
 

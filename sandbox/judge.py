@@ -11,7 +11,7 @@ only ever *return a value*.
 
 Covered where `isolation()` is all True (Linux as root, or where user namespaces are allowed): an answer sees no process
 but its judge, no network, and no file but an empty folder in memory; it imports from MODULES only. It is an ordinary
-user without capabilities and cannot fork. CPU, time, memory and files are bounded. All that it leaves goes with it.
+user without capabilities and cannot fork. CPU, time, memory and files are bounded. Everything it leaves is deleted.
 Not covered: holes in the kernel, its keyrings, a virtual machine's sockets to its host, time as a side channel, tests
 that are themselves malicious. Elsewhere (macOS, many containers) processes, limits and kills remain, but an answer may
 open sockets, fill System V memory and signal other answers; and where the trainer is not root, it may also read its
@@ -109,7 +109,7 @@ def run_sandbox(job: dict) -> dict:
             told.append(row["outcome"])
         else:
             detail |= row
-    # Tests that the judge did not come to remain "not run".
+    # Tests that the judge did not reach stay "not run".
     for test, outcome in zip(detail["outcomes"], told, strict=False):
         test["outcome"] = outcome
     return detail
@@ -121,7 +121,7 @@ class Candidate:
     def __init__(self, guests: list):
         self.guests = guests
         self.lost = ""  # how the guest of this test was lost
-        self.armed = False  # whether the alarm may ring
+        self.armed = False  # whether the alarm may end a test
         self.owing = False  # whether a guest has not replied yet
         self.start_clock(0.0)
 
@@ -172,7 +172,7 @@ class Candidate:
         self.quiet = 0.0  # until when the alarm is silent
 
     def alarm(self, *_) -> None:
-        """Rings ten times a second, and ends a test when its time is over; then again every second, if it goes on."""
+        """Called ten times a second. Ends a test when its time is over, and every second again if it goes on."""
         now = time.monotonic()
         late = now - self.began > WAIT_SECONDS or self.cpu_seconds() - self.began_cpu > TEST_SECONDS
         if self.armed and late and now > self.quiet:
@@ -204,7 +204,7 @@ class Candidate:
 
 
 def expected_exception(names: list, text: str) -> Exception:
-    """What a test may expect: the first built-in among the classes of the guest's exception, from the most special."""
+    """What a test may expect: the first built-in among the classes of the guest's exception, most specific first."""
     for name in names:
         error = getattr(builtins, str(name), None)
         if error is StopIteration:  # it would end a loop of asserts before its first
@@ -266,8 +266,12 @@ def run_tests(job: dict, guests: list, tell) -> None:
     ran = []  # the asserts of a test that were reached
     signal.signal(signal.SIGALRM, candidate.alarm)
     signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
-    if candidate.timed(lambda: tell(**candidate.ask("look"))) != "passed":
-        return
+
+    def report_look():
+        tell(**candidate.ask("look"))
+
+    if candidate.timed(report_look) != "passed":
+        return  # the parser hung or crashed
     space = {job["entry_point"]: candidate, "candidate": candidate, "_ran": ran}
     steps = test_steps(test, space)
     tell(outcomes=[{"test": source, "outcome": "not run"} for _, source in steps if source])
@@ -276,6 +280,7 @@ def run_tests(job: dict, guests: list, tell) -> None:
         ran.clear()
         exec(compile(tree, "test", "exec"), space)
 
+    # Tests may use imports and helpers of the prompt. Where these fail, so do the tests that need them.
     candidate.timed(exec, guest.preamble(job), space)
     loading = candidate.timed(candidate.ask, "load")
     lost = ""
@@ -295,7 +300,8 @@ def list_tests(test: str) -> list[str]:
 def test_steps(test: str, space: dict) -> list[tuple]:
     """The statements of a test, each with its source if it counts as a test, else "".
 
-    `space` learns what `check` calls the candidate; `_ran` in it, which asserts fill, must not be empty after a test.
+    `space` gets the name by which `check` calls the candidate. Each assert that runs appends to the `_ran` in it, which
+    must not be empty after a test.
     """
     statements = []
     for node in ast.parse(test).body:
@@ -317,9 +323,10 @@ def test_steps(test: str, space: dict) -> list[tuple]:
     steps = []
     for node, source in zip(statements, sources, strict=True):
         asserts = asserts_run_by(node, functions)
-        # Any answer passes `assert True`, and a loop over nothing. Neither may earn the next level.
+        # Any answer passes `assert True`, and a loop over nothing. Neither may earn the next level. But `assert False`,
+        # where an exception should come first, must not be reached.
         real = [each for each in asserts if not (isinstance(each.test, ast.Constant) and each.test.value)]
-        must_run = not all(isinstance(each.test, ast.Constant) for each in real)
+        must_run = any(not isinstance(each.test, ast.Constant) for each in real)
         tree = ast.Module([node, *ast.parse("assert _ran").body] if must_run else [node], [])
         if real or not asserts:
             steps.append((ast.fix_missing_locations(tree), source if real else ""))
