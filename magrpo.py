@@ -22,7 +22,7 @@ the standard deviation 0.71, so the advantages are -1.41, +1.41, 0 and 0, for bo
 completion has 20 tokens. Each token has weight 1 / (20 * 4) = 0.0125 and, before the first update, ratio 1. So the
 derivative of the loss with respect to each of their log-probabilities is -0.0125 * 1.41 = -0.018.
 
-With several turns, an item's rollout is a tree: every joint action opens a node of the next turn. N = 1 is GRPO.
+With several turns, an item's rollout is a tree: a joint action that is not done opens a node. N = 1 is GRPO.
 Shapes: N agents, B prompts, G completions of each, BG = B * G rows, K joint actions, P prompt and C completion tokens.
 """
 
@@ -52,7 +52,7 @@ class Settings:
     # rollout
     prompts: int = 4  # items in one step; every agent has a prompt for each
     group: int = 4  # completions of each agent for one prompt (G)
-    joint: Literal["aligned", "crossed"] = "aligned"  # pair the g-th completions of all agents, or form all pairs
+    joint: Literal["aligned", "crossed"] = "aligned"  # the g-th completions of all agents, or all combinations
     temperature: float = 0.8  # sampling temperature; it is a part of the policy, in training and in evaluation
     max_new_tokens: int = 80  # longest completion, in tokens
     seed: int = 0  # random seed of everything that is sampled
@@ -62,7 +62,7 @@ class Settings:
     turns: int = 1  # largest number of turns of an item; default: N if --protocol is sequential, 2 for a discussion
     discount: float = 1.0  # gamma, the discount of the next turn's return
     stop_above: float = float("inf")  # a node whose mean reward is above this is good enough: do not continue it
-    guided_from: int = 1  # first step at which the expert gives advice; before it, feedback is plain
+    guided_from: int = 1  # first training step with the expert's advice; evaluations always have it
     # update
     steps: int = 14  # training steps; each samples prompts * group joint actions (aligned)
     lr: float = 0.0  # learning rate of AdamW; 0: 6e-5, or 8e-4 for adapters, and less for models above 135 M
@@ -107,7 +107,8 @@ class Group:
     turn: int
     prompt: list  # P token ids
     stream: tuple  # integers that seed the group's random numbers
-    dropped_turns: int = 0  # turns of the history that the prompt left out. The fields below are filled in later
+    dropped_turns: int = 0  # turns of the history that the prompt left out
+    # Filled in later, by sample, assign_credit and set_weights:
     tokens: torch.Tensor = None  # (G, C) ids; what follows a stop token has no meaning
     mask: torch.Tensor = None  # (G, C) True on what the policy chose, its stop token included
     logp: torch.Tensor = None  # (G, C) log-probabilities at the time of sampling, 0 where the mask is False
@@ -133,8 +134,7 @@ class Node:
 
     def joint_texts(self, k):
         """The N texts of joint action k."""
-        said = [self.texts[agent] for agent in range(len(self.texts))]
-        return [None if texts is None else texts[g] for texts, g in zip(said, self.pairing[k], strict=True)]
+        return [self.texts[agent] and self.texts[agent][g] for agent, g in enumerate(self.pairing[k])]  # None: silent
 
 
 def rollout(policies, task, items, cfg, step):
@@ -304,7 +304,7 @@ def policy_loss(logp, logp_old, advantage, weight, cfg, logp_ref=None):
     clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
     if logp_ref is not None:
-        # An estimate of the divergence from the initial policy that is never negative ("k3", J. Schulman 2020). It is
+        # An estimate of the divergence from the reference policy that is never negative ("k3", J. Schulman 2020). It is
         # unbiased for tokens of the current policy; these come from the one that sampled, a few steps ago.
         d = logp_ref - logp
         objective = objective - cfg.kl * (torch.exp(d) - d - 1)
@@ -379,8 +379,8 @@ class Policy:
         for p in model.parameters():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
         if train:
-            groups = [{"params": masters, "steps": 0} for masters in self.masters.values()]
-            self.optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.0, fused=True)
+            options = [{"params": masters, "steps": 0} for masters in self.masters.values()]
+            self.optimizer = torch.optim.AdamW(options, lr=self.lr, weight_decay=0.0, fused=True)
         if adapters:
             self.reference = copy.copy(self)
             self.reference.bare = True
@@ -433,7 +433,7 @@ class Policy:
         momentum would move the others without a gradient. training_step: the number of the step of the run, from 1.
         """
         norms = {}
-        for group, (agent, masters) in zip(self.optimizer.param_groups, self.masters.items(), strict=True):
+        for options, (agent, masters) in zip(self.optimizer.param_groups, self.masters.items(), strict=True):
             if self.adapters and agent not in learners:
                 for master in masters:
                     master.grad = None
@@ -442,11 +442,11 @@ class Policy:
             norms[agent] = torch.nn.utils.clip_grad_norm_(masters, cfg.max_grad_norm).item()
             if not np.isfinite(norms[agent]):
                 raise FloatingPointError(f"the gradient norm of agent {agent} is {norms[agent]}")
-            # Adam's first steps move every weight by the whole learning rate, however small its gradient. The last
-            # ones decide what remains of the noise in the gradients.
-            warm = min(1, (group["steps"] + 1) / (cfg.warmup + 1))
-            group["lr"] = self.lr * warm * (1 - (training_step - 1) / cfg.steps if cfg.anneal else 1)
-            group["steps"] += 1
+            # Adam's first steps move every weight by the whole learning rate, however small its gradient. And noise in
+            # the last gradients stays in the weights.
+            warm = min(1, (options["steps"] + 1) / (cfg.warmup + 1))
+            options["lr"] = self.lr * warm * (1 - (training_step - 1) / cfg.steps if cfg.anneal else 1)
+            options["steps"] += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.copy_masters()
@@ -488,7 +488,7 @@ class Adapters:
 
         y = W x + (alpha / r) B_i A_i x       for agent i, with W frozen and alpha = 32
 
-    The A of all agents lie behind each other in one matrix, and so do the B. One product computes the columns of all
+    The A of all agents are stacked into one matrix, and so are the B. One product computes the columns of all
     agents, and a mask keeps those of the agent that a token belongs to. So one batch holds rows of different agents.
     """
 
@@ -564,6 +564,9 @@ class Adapters:
     @torch.no_grad()
     def load(self, i, tensors):
         """Set the adapter of the i-th agent, by PEFT's names."""
+        missing = self.tensors(i).keys() - tensors.keys()
+        if missing:
+            raise UserError(f"the adapter of agent {i} lacks {len(missing)} tensors, such as {min(missing)}")
         for name, layer in self.layers.items():
             layer.down[i].copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             layer.up[i].copy_(tensors[f"base_model.model.{name}.lora_B.weight"].T)
@@ -656,7 +659,9 @@ def fit_prompt(policy, task, agent, node, cfg):
         if prompt is None:  # with a shorter history, another agent would speak
             break
         ids = policy.encode(prompt)
-        if max(ids, default=0) >= vocabulary:
+        if not ids:
+            raise UserError(f"the prompt of agent {agent} has no tokens; a task lets an agent be silent with None")
+        if max(ids) >= vocabulary:
             raise UserError(f"the tokenizer's token {max(ids)} is outside the model's vocabulary of {vocabulary}")
         if len(ids) + cfg.max_new_tokens <= policy.context:
             return ids, dropped
@@ -806,7 +811,7 @@ class MicroBatch:
         self.looks = torch.cat([prompt, own], 2)[:, None]
 
     def __str__(self):
-        return f"agent {self.groups[0].agent}, items {[group.slot for group in self.groups]} of the step"
+        return ", ".join(f"agent {group.agent} on item {group.slot} of the step" for group in self.groups)
 
     def attend_all(self, layer, query, key, value, scale):
         """Attention of whole rows: the prompt to itself, and every completion to the prompt and itself."""
@@ -1031,10 +1036,10 @@ class World:
     def start(self, layout, num_agents):
         """Divide the processes of torch.distributed, if it is on."""
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        peers = num_agents if layout == "apart" else 1
-        if self.size % peers:
+        self.num_peers = num_agents if layout == "apart" else 1
+        if self.size % self.num_peers:
             raise UserError(f"--layout apart needs a multiple of {num_agents} processes, one or more for each agent")
-        self.num_peers, self.num_replicas = peers, self.size // peers
+        self.num_replicas = self.size // self.num_peers
         self.peer, self.replica = divmod(self.rank, self.num_replicas)
         grid = torch.arange(self.size).view(self.num_peers, self.num_replicas)
         if self.size > 1:  # every process has to create every process group, in the same order
@@ -1200,7 +1205,7 @@ def ask_expert(task, nodes, cfg, step):
     """Guided learning: if there is an expert, its advice on the last answers goes into the history of each node."""
     if not task.expert or step < cfg.guided_from:
         return
-    # Of agents that live apart, only the first one's process asks, so that all go on with the same advice.
+    # When agents live apart, only the first one's process asks, so all go on with the same advice.
     advice = task.advise([(node.item, node.history) for node in nodes]) if world.peer == 0 else None
     for node, texts in zip(nodes, world.exchange(advice)[0], strict=True):
         node.history[-1]["advice"] = texts

@@ -449,13 +449,7 @@ class Schelling(Task):
 
     default_data, fields = "posts.jsonl", ("prompt",)
     maxima = {"total": 1.0, "named": 0.2, "agreement": 0.8}
-    defaults = {
-        "weights": "adapters",
-        "steps": 15,
-        "group": 8,
-        "max_new_tokens": 8,
-        "temperature": 1.0,
-    }
+    defaults = {"weights": "adapters", "steps": 15, "group": 8, "max_new_tokens": 8, "temperature": 1.0}
     agents_allowed = range(2, 5)
     length = 22  # words of the text
 

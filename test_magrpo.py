@@ -1272,6 +1272,13 @@ def test_a_sequence_that_is_too_long_loses_whole_rounds():
     assert magrpo.fit_prompt(policy, task, 1, node, settings(max_new_tokens=5)) == (shortest, 3)
 
 
+def test_a_prompt_without_tokens_is_refused():
+    """The sampler looked for its last token: an index error or, on a GPU, an assert in a kernel."""
+    task = SimpleNamespace(prompts=lambda item, history: [[]])
+    with pytest.raises(UserError, match="silent with None"):
+        magrpo.fit_prompt(build_policy(), task, 0, magrpo.Node({}, 0), settings())
+
+
 def test_feedback_on_a_sequential_answer_is_about_the_joint_one():
     """The first agent's own turn has no reward yet: it would read that it was rated 0 of 1, or fall over."""
     task = tasks.TASKS["writing"](2, feedback="level", protocol="sequential")
@@ -1524,6 +1531,35 @@ def arguments(files, out, *more, **changed):
     options = {"model": files["llama"], "data": files["posts"], "prompts": 2, "minibatches": 2, "steps": 2, "group": 3}
     options |= {"max-new-tokens": 12, "lr": 1e-2, "warmup": 0, "dtype": "float32", "out": out} | changed
     return [*[f"--{name}={value}" for name, value in options.items()], *more]
+
+
+def test_adapters_move_to_another_machine_and_other_kinds_are_refused(files, tmp_path, capsys):
+    """The cache of another machine was looked for; PEFT's lora_alpha 16 was computed with 32; KeyError: q_proj."""
+    out = tmp_path / "run"
+    assert train.main(arguments(files, out, "--weights=adapters", steps=1)) == 0
+    start = arguments(files, "", "--weights=adapters", "--eval-only", f"--agents={out}")
+    note, tensors = (
+        out / "agent_1" / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    here = json.loads(note.read_text())
+    for agent in range(2):
+        there = here | {"base_model_name_or_path": "/no/such/cache"}
+        (out / f"agent_{agent}" / "adapter" / "adapter_config.json").write_text(json.dumps(there))
+    assert train.main(start) == 0
+    capsys.readouterr()
+    note.write_text(json.dumps(there | {"lora_alpha": 16}))
+    assert train.main(start) == 2 and "rank 16, lora_alpha 16; " in capsys.readouterr().err
+    note.write_text(json.dumps(there))
+    kept = {name: tensor for name, tensor in load_file(tensors).items() if "q_proj" in name}
+    save_file(kept, tensors)
+    assert train.main(start) == 2 and "the adapter of agent 1 lacks 24 tensors" in capsys.readouterr().err
+
+
+def test_resume_takes_the_command_of_the_first_start_with_its_automatic_values(files, tmp_path):
+    """--lr 0 is the documented default, and "was 6e-05, not 0.0" refused it at the second start."""
+    run = arguments(files, tmp_path / "run", "--resume=auto", "--dtype=auto", "--started=0", "--save-every=1", lr=0)
+    run.remove("--dtype=float32")
+    assert train.main(run) == 0 and train.main([*run, "--steps=3"]) == 0
 
 
 def test_by_default_a_larger_model_learns_at_a_lower_rate(files, tmp_path, monkeypatch):
@@ -1914,6 +1950,25 @@ def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys
         assert ("above its maximum" in capsys.readouterr().out) == (name == "Rich")
         metrics = train.read_lines(out / "metrics.jsonl")[-1]
         assert ("eval/length/agent_1" in metrics) == (name != "Silent")
+
+
+def test_a_tasks_own_turns_win_over_those_of_its_protocol(tmp_path):
+    """A task that wants three turns of discussion got two."""
+    text = "from tasks import *\nclass Mine(Writing):\n    defaults = {'protocol': 'discussion', 'turns': 3}"
+    (tmp_path / "mine.py").write_text(text)
+    task = f"--task={tmp_path}/mine.py:Mine"
+    assert train.parse_args([task]).turns == 3 and train.parse_args([task, "--turns=2"]).turns == 2
+
+
+def test_in_a_sequence_there_is_nothing_to_combine():
+    """One agent speaks at a time: 64 answers were refused as 64 ** 4 joint actions."""
+    options = ["--num-agents=4", "--joint=crossed", "--group=64", "--task=schelling"]
+    config = train.parse_args([*options, "--protocol=sequential", "--group=32", "--turns=4"])
+    assert train.joint_actions_of(config) == 32
+    with pytest.raises(UserError, match="--joint crossed can make more than a million"):
+        train.parse_args(options)
+    with pytest.raises(UserError, match="lower --group or --turns"):
+        train.parse_args(["--group=32", "--turns=5"])
 
 
 def test_a_task_file_may_hold_a_dataclass(tmp_path):
@@ -3058,7 +3113,7 @@ def test_a_report_shows_what_was_said_and_runs_none_of_it(short_run, tmp_path, m
     assert Tags(hostile).found == Tags(calm).found
     assert hostile.count("&lt;script src=") == calm.count("calm") == 2 * 8, "2 texts, a prompt and its end, 4 in detail"
     assert calm.count(">silent<") == 2 * 2
-    places = [calm.index(text) for text in ("before training", "turn 2 of 2", "after training", "<h3>step 1<")]
+    places = [calm.index(text) for text in ("before training", "<h4>turn 1<", "after training", "<h3>step 1<")]
     assert places == sorted(places)
 
 
@@ -3122,6 +3177,11 @@ def test_the_papers_table_goes_on_where_it_was_stopped(files, tmp_path, monkeypa
     assert len(runs) == 2 * 3 + 1 and capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines() != []
     picture, cells = tmp_path / "paper" / "paper.png", (tmp_path / "paper" / "paper.csv").read_text()
     assert picture.stat().st_size > 5000 and len(cells.splitlines()) == 1 + 4
+    for changed, message in {"--steps=3": "other options", "--seed=5": "leave", "--task=schelling": "1 agent"}.items():
+        monkeypatch.setattr(sys, "argv", ["paper.py", *given, changed, f"--out={tmp_path / 'paper'}"])
+        with pytest.raises(SystemExit):
+            main()
+        assert message in capsys.readouterr().err and len(runs) == 2 * 3 + 1, "nothing has run"
 
 
 # ---------------------------------------------------------------- what a run shows

@@ -157,7 +157,7 @@ def config_of(given):
     """The given options and, for the others, the task's defaults, tuned ones where they apply, the protocol's turns."""
     task = find_task(given.get("task", Config.task))
     options = vars(Config()) | task.defaults | given
-    if options["protocol"] != "parallel" and "turns" not in given:
+    if options["protocol"] != "parallel" and "turns" not in task.defaults | given:
         options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
     tuned = task.tuned | task.defaults | given
     as_tuned = options["model"] == Config.model and not options["agents"] and options["turns"] == 1
@@ -198,7 +198,8 @@ def saved_options(folder):
         value = getattr(config, field.name)
         choices = get_args(field.type)
         kinds = (float, int) if field.type is float else field.type
-        if value not in choices if choices else not isinstance(value, kinds):
+        fits = value in choices if choices else isinstance(value, kinds)
+        if not fits:
             raise UserError(f"{path} has {value!r} for {field.name}")
     return vars(config)
 
@@ -206,8 +207,9 @@ def saved_options(folder):
 def resumed_config(given):
     """The saved options of a run, with those given options that may change. Raises UserError for any other change."""
     saved = saved_options(given["resume"])
-    if given.get("dtype") == "auto":
-        del given["dtype"]  # saved is what auto became
+    for name, automatic in {"dtype": "auto", "lr": 0.0, "started": 0.0}.items():
+        if given.get(name) == automatic:
+            del given[name]  # what it became is saved
     changed = []
     for name, value in given.items():
         # Adapters that live apart have a checkpoint each.
@@ -242,18 +244,26 @@ def options_of_agents(given):
     return taken
 
 
+def joint_actions_of(config):
+    """How many joint actions a node has at most."""
+    # In a sequence one agent speaks at a time, so there is nothing to combine.
+    combined = config.joint == "crossed" and config.protocol != "sequential"
+    return config.group ** (config.num_agents if combined else 1)
+
+
 def check_config(config):
     """Reject what cannot work, before anything is loaded."""
     for name, value in vars(config).items():
         if type(value) not in (int, float):
             continue
-        if math.isnan(value) or value >= 2**31 and name not in UNBOUNDED:
+        if math.isnan(value) or (value >= 2**31 and name not in UNBOUNDED):
             raise UserError(f"{flag(name)} must be a number below 2**31, not {value}")
-        if value < 0 and name != "stop_above" or value == 0 and name not in MAY_BE_ZERO:
+        if (value < 0 and name != "stop_above") or (value == 0 and name not in MAY_BE_ZERO):
             least = "0 or more" if name in MAY_BE_ZERO else "greater than 0"
             raise UserError(f"{flag(name)} must be {least}, not {value}")
-    if config.joint == "crossed" and config.num_agents * math.log2(config.group) > 20:
-        raise UserError("--joint crossed makes more than a million joint actions of each prompt: lower --group")
+    if not config.eval_only and joint_actions_of(config) ** config.turns > 2**20:
+        many = f"--joint {config.joint} can make more than a million joint actions of an item"
+        raise UserError(f"{many}: lower --group or --turns")
     if config.group < 2 and not config.eval_only:
         raise UserError("--group 1 leaves nothing to compare: training needs --group 2 or more")
     if config.minibatches > config.prompts:
@@ -349,13 +359,14 @@ def load_policies(config, device="cpu"):
         raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
     mine = [world.peer] if config.layout == "apart" else list(range(config.num_agents))
     policies = []
-    for agents in [[agent] for agent in mine] if config.weights == "separate" else [mine]:
+    teams = [[agent] for agent in mine] if config.weights == "separate" else [mine]
+    for agents in teams:
         model, tokenizer = load_model(names[agents[0] % len(names)].strip(), device, config.temperature)
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
         starts = [adapters[agent] for agent in agents] if config.weights == "adapters" else None
-        trains = not config.eval_only or unfinished
+        trains = not config.eval_only or unfinished  # a checkpoint holds masters: an evaluation of one needs them, too
         policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), trains, starts)
         policy.template = template_options(config)
         if unfinished:
@@ -405,7 +416,10 @@ def unfinished_run(config):
     if not checkpoints_in(folder):
         raise UserError(f"--agents {folder} has no agents and no checkpoint")
     saved = saved_options(folder)
-    for name in ("num_agents", "weights", "layout", "rank"):
+    names = ["num_agents", "weights"]
+    if saved["weights"] == "adapters":
+        names += ["layout", "rank"]
+    for name in names:
         if saved[name] != getattr(config, name):
             raise UserError(f"--agents {folder} was interrupted: use it with {flag(name)} {saved[name]}")
     if saved["agents"]:
@@ -417,16 +431,22 @@ def load_adapters(config, agents):
     """The model that the adapters of some agents belong to, in a list, and the tensors of each adapter."""
     kinds = set()
     starts = []
+    alpha = magrpo.Adapters.alpha
     missing = f"--agents {config.agents} has no adapters (--weights separate starts from it)"
     with refusing(missing, (OSError, ValueError, KeyError, SafetensorError)):
         for agent in agents:
             folder = Path(agent) / "adapter"
             saved = json.loads((folder / "adapter_config.json").read_bytes())
-            kinds.add((saved["base_model_name_or_path"], saved["r"]))
+            kinds.add((saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]))
             starts.append(load_file(folder / "adapter_model.safetensors"))
-    (model, rank), *others = kinds
-    if others or rank != config.rank:
-        raise UserError(f"--agents {config.agents} has adapters of models and ranks {kinds}, --rank is {config.rank}")
+    (model, *shape), *others = kinds
+    if others or shape != [config.rank, alpha]:
+        found = "; ".join(f"{name}, rank {rank}, lora_alpha {scale}" for name, rank, scale in sorted(kinds))
+        wanted = f"one model, --rank {config.rank} and lora_alpha {alpha}"
+        raise UserError(f"--agents {config.agents} has adapters of {found}, not of {wanted}")
+    options = Path(config.agents) / "config.json"
+    if options.exists() and os.path.isabs(model) and not os.path.exists(model):  # a folder of another machine
+        model = saved_options(config.agents)["model"]
     return [model], starts
 
 
@@ -760,7 +780,7 @@ def print_header(config, task, policies, device):
     print(f"device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}")
     print(f"answers at most {config.max_new_tokens} tokens; held-out items get {config.eval_group} of each agent")
     if not config.eval_only:
-        joint = config.group ** (config.num_agents if config.joint == "crossed" else 1)
+        joint = joint_actions_of(config)
         samples = f"{config.steps} steps x {config.prompts} prompts x {joint} joint actions ({config.joint})"
         where = " in the first turn" if config.turns > 1 else ""
         print(f"run     {samples} = {config.steps * config.prompts * joint} joint samples{where}")
@@ -802,7 +822,7 @@ def run(config):
     config.dtype = str(policies[0].dtype).removeprefix(
         "torch."
     )  # what auto has become; it may differ on another machine
-    config.lr = min(world.gather(min(policy.lr for policy in policies)))  # one for all: that of the largest model
+    config.lr = min(world.gather(min(policy.lr for policy in policies)))  # one for all, which is the largest model's
     for policy in policies:
         policy.lr = config.lr
     world.barrier()  # when all processes have passed their checks, make the folder
@@ -852,7 +872,8 @@ def train(config, task, policies):
                 step += 1
                 if log and bar.n == bar.initial + 1:  # the first step of this process
                     evaluations = 1 + (config.steps - step) // (config.eval_every or config.steps)
-                    seconds = (config.steps - step) * bar.format_dict["elapsed"] + evaluations * before[0]["rollout_s"]
+                    seconds = (config.steps - step) * bar.format_dict["elapsed"]
+                    seconds += evaluations * rollouts_of_evaluation(task) * before[0]["rollout_s"]
                     bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                     missed = True
@@ -914,11 +935,15 @@ def items_of_step(items, config, step):
     return found
 
 
+def rollouts_of_evaluation(task):
+    """How many rollouts, one after the other, an evaluation is."""
+    return math.ceil(len(task.eval_items) / world.num_replicas / magrpo.AT_ONCE)
+
+
 def evaluate_task(config, task, policies, log=None, step=None):
     """Metrics on the held-out items, which also go to the log if there is one, and an episode of the first item."""
     # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
-    rollouts = math.ceil(len(task.eval_items) / world.num_replicas / magrpo.AT_ONCE)
-    calls = rollouts * config.turns * len(policies) * (1 + config.max_new_tokens)
+    calls = rollouts_of_evaluation(task) * config.turns * len(policies) * (1 + config.max_new_tokens)
     form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     hidden = world.rank > 0 or None  # None: a file gets no bar
     with tqdm(total=calls, bar_format=form, leave=False, disable=hidden) as bar:

@@ -32,10 +32,10 @@ def load(path):
     """The JSON objects in a file of a run: a single one in config.json, one in each line of the others."""
     objects = []
     try:
-        text = path.read_bytes()
+        content = path.read_bytes()
         # Half a last line is left out: the run may be writing it.
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
-        parts = [text] if path.name == "config.json" else lines
+        lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+        parts = [content] if path.name == "config.json" else lines
         for part in parts:
             objects.append(json.loads(part))
     except OSError as error:
@@ -134,7 +134,7 @@ def main(argv=None):
     for path in runs:
         groups.setdefault(shared_options(path), []).append(path)
     budget = min(rows[-1][0] for rows in runs.values())
-    head = ["run", *(f"to {quarter * budget / 4000:.0f}k" for quarter in (1, 2, 3, 4)), "held out"]
+    head = ["run", *(f"to {budget * quarter / 4 / 1000:.0f}k" for quarter in (1, 2, 3, 4)), "held out"]
     print_table(head, [[path, *summary(rows, budget)] for path, rows in runs.items()])
 
     names = differing(groups)

@@ -133,11 +133,20 @@ def write(folder, table):
     axes = figure.subplots()
     for place, (row, values) in enumerate(table.items()):
         returns = values["return %"]
-        axes.barh(row, np.mean(returns), xerr=np.std(returns), color="C0" if row[0].islower() else "C1", alpha=0.7)
+        axes.barh(row, np.mean(returns), xerr=np.std(returns), color="C1" if ROWS[row][1] else "C0", alpha=0.7)
         axes.plot(returns, [place] * len(returns), "k.", markersize=4)
     axes.invert_yaxis()
     axes.set_xlabel("held-out return in % of its maximum; blue: untrained; points: seeds")
     figure.savefig(folder / "paper.png", dpi=120, bbox_inches="tight")
+
+
+def remember(folder, options):
+    """Keep the options of a comparison beside its runs. Raises UserError if others are there."""
+    note = folder / "options.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != options:
+        raise UserError(f"{folder} holds runs with other options: choose another --out")
+    note.write_text(json.dumps(options), encoding="utf-8")
 
 
 def compare():
@@ -161,6 +170,13 @@ def compare():
     rows = {row: source for row, source in ROWS.items() if row in chosen}
     folder = args.out or Path("runs") / f"paper-{args.task.rpartition(':')[2].lower()}"
     needed = [name for name in runs if name in {run for run, _ in rows.values()}]
+    for name in needed:  # now, and not after the hours of the runs before it
+        config = train.parse_args([*common, *runs[name]])
+        if config.num_agents not in find_task(args.task).agents_allowed:
+            raise UserError(f"--task {args.task} is not for {config.num_agents} agent(s): leave out the rows of {name}")
+        if config.joint == "crossed" or any(option.split("=")[0] == "--seed" for option in others):
+            raise UserError("--joint crossed and --seed would make rows that cannot be compared: leave them out")
+    remember(folder, [args.task, *others])
     table = {row: {} for row in rows}
     for seed in range(args.seeds):
         found = {}

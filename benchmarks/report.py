@@ -138,7 +138,8 @@ def chart(part, best, metrics):
     for step, value in held_out:
         x, y = place(step, value)
         points += f'<circle cx="{x}%" cy="{y}%" r="5"><title>step {step}: {amount(value, best)}</title></circle>'
-    for anchor, (step, value) in zip(("start", "end"), held_out[:1] + held_out[1:][-1:], strict=False):
+    ends = held_out if len(held_out) < 2 else [held_out[0], held_out[-1]]
+    for anchor, (step, value) in zip(("start", "end"), ends, strict=False):
         x, y = place(step, value)
         points += f'<text class="value" x="{x}%" y="{y}%" dy="-10" text-anchor="{anchor}">{value:.2f}</text>'
     return f"""<figure><figcaption>{escape(part)}</figcaption><svg>{marks}
@@ -167,6 +168,7 @@ def answer(agent, text, prompt):
     """What an agent read and said in a turn. The line to open the prompt shows its end, which is the agent's role."""
     read = ""
     if prompt:
+        prompt = str(prompt)  # a task may give token ids
         last = prompt.strip().rpartition("\n")[2]
         read = f"<details><summary>prompt: {escape(last)}</summary><pre>{escape(prompt)}</pre></details>"
     said = f'<p class="answer">{escape(text)}</p>'
@@ -179,9 +181,9 @@ def episode(title, record, maxima):
     """An episode as a card, its turns below each other."""
     turns = turns_of(record)
     text = ""
-    for number, turn in enumerate(turns, 1):
+    for number, turn in enumerate(turns):
         if len(turns) > 1:
-            text += f"<h4>turn {number} of {len(turns)}</h4>"
+            text += f"<h4>turn {number}</h4>"
         pairs = zip_longest(turn["texts"], turn.get("prompts") or [])
         answers = [answer(agent, *pair) for agent, pair in enumerate(pairs)]
         parts = ""

@@ -65,9 +65,9 @@ CARDS = {  # parameters, then the shape: Qwen3-1.7B, Qwen2.5-7B
 }
 
 
-def paper(world, layout):
-    """Seconds and bytes of a step on `world` GPUs. Rewards cost nothing, nothing overlaps."""
-    ranks, agents = (world // AGENTS, 1) if layout == "apart" else (world, AGENTS)  # of an agent; on a rank
+def paper(gpus, layout):
+    """Seconds and bytes of a step on `gpus` GPUs. Rewards cost nothing, nothing overlaps."""
+    ranks, agents = (gpus // AGENTS, 1) if layout == "apart" else (gpus, AGENTS)  # of an agent; on a rank
     rows = ITEMS * GROUP / ranks * agents
     tokens = rows * COMPLETION + rows / GROUP * PROMPT  # a prompt is computed once for its group
     share = (ranks - 1) / ranks
@@ -77,7 +77,7 @@ def paper(world, layout):
     exchange = agents * per_agent / (NEAR if ranks <= 8 else FAR)
     memory = PARAMETERS * bytes_per_parameter("bfloat16", agents)
     return {
-        "gpus": world,
+        "gpus": gpus,
         "layout": layout,
         "rows_per_agent_and_gpu": round(rows / agents),
         "compute_s": round(compute, 1),
@@ -113,14 +113,14 @@ def measure(path):
     """Have the process write to a file, before each optimizer step, the bytes of its tensors that are like weights."""
     step = magrpo.Policy.step
 
-    def measured(policy, max_grad_norm, learners):
+    def measured(policy, *arguments):
         storages = {}
         for tensor in [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]:
             for x in (tensor, tensor.grad):
                 if x is not None and x.is_floating_point() and x.dim() > 0:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         path.write_text(str(sum(storages.values())))
-        return step(policy, max_grad_norm, learners)
+        return step(policy, *arguments)
 
     magrpo.Policy.step = measured
 

@@ -5,11 +5,11 @@
     python benchmarks/throughput.py --peer trl             beside TRL's GRPOTrainer (pip install trl==1.16)
     python benchmarks/throughput.py --weights adapters     ours with adapters, also beside a peer
 
-Every completion has exactly --new-tokens tokens. Each agent makes one optimizer step for each item, as CoMLRL does, but
-beside TRL, which makes one for all items together, ours does so, too. Each runs in a process of its own, for its own
-peak memory, and prints one JSON line: prompt_s, rollout_s and update_s (seconds per item, all agents), peak_rss_gb. TRL
-trains one agent: its seconds are multiplied by the number of agents. With a peer, a last line has the ratio. Times are
-medians over the steps. Lengths are fixed, so the weights do not matter.
+Every completion has exactly --new-tokens tokens. Each agent makes one optimizer step for each item, as CoMLRL does.
+Beside TRL, which makes one for all items together, ours does the same. Each runs in a process of its own, for its own
+peak memory, and prints one JSON line: prompt_s, rollout_s and update_s (seconds per item, all agents), and peak_rss_gb
+(2**30 bytes). TRL trains one agent: its seconds are multiplied by the number of agents. With a peer, a last line has
+the ratio. Times are medians over the steps. Lengths are fixed, so the weights do not matter.
 """
 
 import argparse
