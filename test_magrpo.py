@@ -1745,10 +1745,12 @@ def test_command_line_and_torchrun_run_the_same(files, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     flags = {name: arguments(files, tmp_path / name, data="", steps=1) for name in ("python", "torchrun")}
     command = [sys.executable, *"-m torch.distributed.run --standalone".split(), ROOT / "train.py", *flags["torchrun"]]
-    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run_as_script(flags["python"]) == 0
-    assert table_of(run.stdout) == table_of(capfd.readouterr().out) != {}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as job:  # beside the other one
+        assert run_as_script(flags["python"]) == 0
+        printed, errors = job.communicate()
+    assert job.returncode == 0, errors
+    assert table_of(printed) == table_of(capfd.readouterr().out) != {}
     assert numbers(tmp_path / "python") == numbers(tmp_path / "torchrun") and len(numbers(tmp_path / "python")) == 3
 
 
@@ -2115,6 +2117,7 @@ def ranks_runs(files, fork, tmp_path_factory):
     for name, (ranks, flags) in RANKS.items():
         model = files["llama"] if "adapters" in name else f"{files['llama']},{files['gpt2']}"
         options = {"model": model, "prompts": 3, "turns": 2, "steps": 1, "save-every": 1}
+        options |= {"max-new-tokens": 6, "eval-group": 1}
         command = arguments(files, root / name, *flags, **options)
         place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         for rank in range(ranks):
