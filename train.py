@@ -819,10 +819,9 @@ def run(config):
         return ask(config, task, policies)
     warnings.append(check_reward(task))
     check_prompts(config, task, policies)
-    config.dtype = str(policies[0].dtype).removeprefix(
-        "torch."
-    )  # what auto has become; it may differ on another machine
-    config.lr = min(world.gather(min(policy.lr for policy in policies)))  # one for all, which is the largest model's
+    # What automatic values have become. The type may differ on another machine; the rate is that of the largest model.
+    config.dtype = str(policies[0].dtype).removeprefix("torch.")
+    config.lr = min(world.gather(min(policy.lr for policy in policies)))
     for policy in policies:
         policy.lr = config.lr
     world.barrier()  # when all processes have passed their checks, make the folder
