@@ -870,10 +870,7 @@ def train(config, task, policies):
                 one_step(config, task, policies, step + 1, log, bar)
                 step += 1
                 if log and bar.n == bar.initial + 1:  # the first step of this process
-                    evaluations = 1 + (config.steps - step) // (config.eval_every or config.steps)
-                    seconds = (config.steps - step) * bar.format_dict["elapsed"]
-                    seconds += evaluations * rollouts_of_evaluation(task) * before[0]["rollout_s"]
-                    bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
+                    say_how_long(config, task, bar, before[0])
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                     missed = True
                     evaluate_task(config, task, policies, log, step)
@@ -901,6 +898,14 @@ def train(config, task, policies):
         done = f"everything is in {folder}/, the curve in {folder}/curve.png"
         stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
         print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
+
+
+def say_how_long(config, task, bar, evaluation):
+    """Print how long the run will take, judged by its first step and the metrics of its first evaluation."""
+    steps = config.steps - bar.n
+    evaluations = 1 + steps // (config.eval_every or config.steps)
+    seconds = steps * bar.format_dict["elapsed"] + evaluations * rollouts_of_evaluation(task) * evaluation["rollout_s"]
+    bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
 
 
 def one_step(config, task, policies, step, log, bar):
