@@ -398,7 +398,7 @@ class Policy:
     def encode(self, prompt):
         """Token ids of a text, as one user message where the tokenizer has a chat template. Lists pass through."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return [token.__index__() for token in prompt]  # integers, also those of numpy
         if not self.tokenizer.chat_template:
             return self.tokenizer(prompt)["input_ids"]
         message = [{"role": "user", "content": prompt}]
@@ -564,9 +564,12 @@ class Adapters:
     @torch.no_grad()
     def load(self, i, tensors):
         """Set the adapter of the i-th agent, by PEFT's names."""
-        missing = self.tensors(i).keys() - tensors.keys()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        missing = [name for name, own in self.tensors(i).items() if shapes.get(name) != own.shape]
         if missing:
-            raise UserError(f"the adapter of agent {i} lacks {len(missing)} tensors, such as {min(missing)}")
+            raise UserError(
+                f"the adapter of agent {i} lacks {len(missing)} tensors of this model, such as {missing[0]}"
+            )
         for name, layer in self.layers.items():
             layer.down[i].copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             layer.up[i].copy_(tensors[f"base_model.model.{name}.lora_B.weight"].T)
@@ -653,7 +656,7 @@ def fit_prompt(policy, task, agent, node, cfg):
     # Where agents take turns, a history without its first round leaves everyone's turn where it is.
     turns_at_once = task.num_agents if getattr(task, "protocol", "") == "sequential" else 1
     for dropped in range(0, len(node.history) + 1, turns_at_once):
-        prompt = task.prompts(node.item, node.history[dropped:])[agent]
+        prompt = checked_prompts(task, node.item, node.history[dropped:])[agent]
         if prompt is None and dropped == 0:
             return None, 0
         if prompt is None:  # with a shorter history, another agent would speak
@@ -661,14 +664,24 @@ def fit_prompt(policy, task, agent, node, cfg):
         ids = policy.encode(prompt)
         if not ids:
             raise UserError(f"the prompt of agent {agent} has no tokens; a task lets an agent be silent with None")
-        if max(ids) >= vocabulary:
-            raise UserError(f"the tokenizer's token {max(ids)} is outside the model's vocabulary of {vocabulary}")
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise UserError(f"the tokens {min(ids)} to {max(ids)} are outside the model's vocabulary of {vocabulary}")
         if len(ids) + cfg.max_new_tokens <= policy.context:
             return ids, dropped
     raise UserError(
         f"a prompt of {len(ids)} tokens and {cfg.max_new_tokens} new ones exceed the model's context of "
         f"{policy.context}: shorten the item or lower --max-new-tokens"
     )
+
+
+def checked_prompts(task, item, history):
+    """The task's prompts: for each agent a text, token ids, or None where it is silent."""
+    prompts = task.prompts(item, history)
+    kinds = set(map(type, prompts)) if isinstance(prompts, list) else set()
+    if not kinds or len(prompts) != task.num_agents or kinds - {str, list, type(None)}:
+        made = f"the task {type(task).__name__} makes {prompts!r} for {task.num_agents} agents"
+        raise UserError(f"{made}, not a list of as many texts")
+    return prompts
 
 
 # ---------------------------------------------------------------- one prompt for a group

@@ -116,7 +116,10 @@ START = re.compile(
     r"(async +)?def +\w|class +\w+ *[:(]|@\w|import +[\w.]+( +as +\w+)? *([,;#]|$)|from +[\w.]+ +import "
 )
 # That starts code, but only before the first definition.
-SETUP = re.compile(r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:")
+SETUP = re.compile(
+    r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:|"
+    r"[^\W\d]\w* *: *(int|float|str|bool|bytes|list|dict|set|tuple|List|Dict|Set|Tuple)\b[^=]* = "
+)
 # That continues code.
 MORE = re.compile(
     rf"""({"|".join(keyword.kwlist)}|match|case|print)\b  # a statement

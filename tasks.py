@@ -171,10 +171,10 @@ class Task:
         self.protocol = protocol
         self.options = options
         self.expert = options.get("expert")
-        items = self.load(data)
+        items = list(self.load(data))
         if len(items) < 2:
             raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
-        held_out = min(self.held_out, max(len(items) // 4, 1))
+        held_out = max(min(self.held_out, len(items) // 4), 1)
         self.train_items, self.eval_items = items[:-held_out], items[-held_out:]
 
     def load(self, data):
@@ -241,7 +241,7 @@ class Task:
         reward = turn["reward"]
         parts = []
         for name, best in self.maxima.items():
-            if name in reward:  # a first answer in a sequence has only a total
+            if isinstance(reward.get(name), (int, float)):  # a first answer in a sequence has only a total
                 parts.append(f"{name} {reward[name]:.2f} of {best:.2f}")
         rated = "rated together with the others" if self.num_agents > 1 else "rated"
         return f"It was {rated}: {', '.join(parts)}."
@@ -627,8 +627,9 @@ def as_humaneval(row):
     tests = row.get("test_list")
     if not isinstance(tests, list) or "entry_point" in row:
         return row
-    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
-    test = "\n".join(map(str, [*setup, *tests]))
+    imports = row.get("test_imports") or []
+    imports = imports if isinstance(imports, list) else [imports]
+    test = "\n".join(map(str, [*imports, row.get("test_setup_code") or "", *tests]))
     defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
     entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
     mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}
@@ -685,7 +686,7 @@ def find_task(name):
     sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         raise UserError(f"--task {name}: {type(error).__name__}: {first_line(error)}") from error
     found = getattr(module, kind, None)
     if not (isinstance(found, type) and issubclass(found, Task)):

@@ -462,7 +462,7 @@ def test_a_sliding_window_is_the_context():
     policy = build_policy(model=build("mistral", sliding_window=20))
     assert policy.context == 20
     node, cfg = magrpo.Node("dog", 0), settings(max_new_tokens=5)
-    task = SimpleNamespace(prompts=lambda item, history: [[5] * length])
+    task = SimpleNamespace(prompts=lambda item, history: [[5] * length], num_agents=1)
     for length in (15, 16):
         if length == 16:
             with pytest.raises(UserError, match="context of 20"):
@@ -1272,11 +1272,17 @@ def test_a_sequence_that_is_too_long_loses_whole_rounds():
     assert magrpo.fit_prompt(policy, task, 1, node, settings(max_new_tokens=5)) == (shortest, 3)
 
 
-def test_a_prompt_without_tokens_is_refused():
-    """The sampler looked for its last token: an index error or, on a GPU, an assert in a kernel."""
-    task = SimpleNamespace(prompts=lambda item, history: [[]])
-    with pytest.raises(UserError, match="silent with None"):
-        magrpo.fit_prompt(build_policy(), task, 0, magrpo.Node({}, 0), settings())
+def test_prompts_that_no_model_can_read_are_refused_in_every_turn():
+    """Only those of the first turn were looked at; a token of -1 was an index error or, on a GPU, an assert."""
+    wrong = {"silent with None": [[]], "-1 to 5 are outside": [[5, -1]], "makes 'dog'": "dog", "makes [7]": [7]}
+    for message, prompts in wrong.items():
+        task = SimpleNamespace(prompts=lambda item, history, made=prompts: made, num_agents=1)
+        for history in ([], [{"texts": ["dog"], "reward": {"total": 0.0}}]):
+            with pytest.raises(UserError, match=re.escape(message)):
+                magrpo.fit_prompt(build_policy(), task, 0, magrpo.Node({}, 0, history=history), settings())
+    with pytest.raises(AttributeError):
+        build_policy().encode([5, 1.5])
+    assert build_policy().encode(list(np.array([5, 1]))) == [5, 1]
 
 
 def test_feedback_on_a_sequential_answer_is_about_the_joint_one():
@@ -1855,6 +1861,7 @@ def test_help_names_every_option_in_groups(capsys):
 
 
 MY_TASK = """
+import numpy as np
 from tasks import Task
 
 class Couplet(Task):
@@ -1886,9 +1893,22 @@ class Three(Couplet):
 class Typo(Couplet):
     defaults = {"gruop": 2}
 
+class Choice(Couplet):
+    defaults = {"joint": "cross"}
+
+class Kind(Couplet):
+    defaults = {"epochs": "2"}
+
+class List(Couplet):
+    defaults = ["group"]
+
 class NoTotal(Couplet):
     def reward(self, item, history, texts):
         return {"rhyme": 0.5}
+
+class Metric(Couplet):
+    def reward(self, item, history, texts):
+        return {"total": 0.5, "rhyme": 0.5, "turn_0": 0.5}
 
 class NoPart(Couplet):
     def reward(self, item, history, texts):
@@ -1901,13 +1921,24 @@ class TextPart(Couplet):
 class NoMaximum(Couplet):
     maxima = {"total": 0}
 
+class Names(Couplet):
+    maxima = ["total"]
+
+class Nothing(Couplet):
+    def load(self, data):
+        pass
+
 class Raising(Couplet):
     def reward(self, item, history, texts):
         return {"total": item["answer"]}
 
 class Rich(Couplet):
+    def load(self, data):
+        return iter(super().load(data))
+
     def reward(self, item, history, texts):
-        return {"total": 3.0, "rhyme": 0.5}
+        detail = {0: np.float32(1), "words": {1, 2}, "self": self, "none": float("nan")}
+        return {"total": 3.0, "rhyme": 0.5, "detail": detail}
 
 Other = 5
 """
@@ -1918,6 +1949,12 @@ Other = 5
     "my_task.py:Numbers": "Numbers makes [1, 2]",
     "my_task.py:Three": "Three makes ['dog', 'dog', 'dog']",
     "my_task.py:Typo": "gruop",
+    "my_task.py:Choice": "'cross' for joint",
+    "my_task.py:Kind": "'2' for epochs",
+    "my_task.py:List": "List: defaults must be a dict",
+    "my_task.py:Metric": "the name of a metric, turn_N",
+    "my_task.py:Names": "maxima must be a dict",
+    "my_task.py:Nothing": "Nothing cannot be set up: TypeError",
     "my_task.py:NoTotal": "NoTotal",
     "my_task.py:NoPart": "NoPart: maxima names total, rhyme, its reward has the numbers total",
     "my_task.py:TextPart": "TextPart: maxima names total, rhyme, its reward has the numbers total",
@@ -1952,6 +1989,8 @@ def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys
         assert ("above its maximum" in capsys.readouterr().out) == (name == "Rich")
         metrics = train.read_lines(out / "metrics.jsonl")[-1]
         assert ("eval/length/agent_1" in metrics) == (name != "Silent")
+    detail = train.read_lines(out / "samples.jsonl")[0]["reward"]["detail"]
+    assert (detail["0"], detail["words"], detail["none"]) == (1.0, [1, 2], None) and "Rich object" in detail["self"]
 
 
 def test_a_tasks_own_turns_win_over_those_of_its_protocol(tmp_path):
@@ -2249,6 +2288,34 @@ def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
     assert train.main([f"--resume={out}"]) == 0, "nothing is left to train"
     after, reward = table_of(capsys.readouterr().out)["return"][1], numbers(out)[-1]["eval/return"]
     assert after == f"{reward:.2f} of 3.0 {100 * reward / 3:6.1f} %", "and the table is not of the untrained agents"
+
+
+def test_resume_names_a_damaged_line_of_a_log(short_run, tmp_path, capsys):
+    """An editor left an empty line: a traceback about JSON."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    for damage in ("\n", "[]\n", '{"step"'):
+        shutil.copy(short_run / "metrics.jsonl", out)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(damage)
+        assert train.main([f"--resume={out}", "--steps=3"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search(r"metrics.jsonl, line \d is damaged: delete it", line)
+
+
+def test_resume_refuses_another_model(files, tmp_path, capsys):
+    """Adapters went on upon a base of other weights, without a word; a model of another shape was a traceback."""
+    shutil.copytree(files["llama"], tmp_path / "model")
+    for weights in ("adapters", "separate"):
+        build("llama").save_pretrained(tmp_path / "model")
+        out, flags = tmp_path / weights, {"model": tmp_path / "model", "weights": weights, "steps": 1}
+        assert train.main(arguments(files, out, "--save-every=1", **flags)) == 0
+        changes = {"hidden_size": 64}, *([{"seed": 1}] if weights == "adapters" else [])
+        for change in changes:
+            build("llama", **change).save_pretrained(tmp_path / "model")
+            capsys.readouterr()
+            assert train.main([f"--resume={out}", "--steps=2"]) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert "or the frozen model" in line or "is not of this model" in line
 
 
 def test_signal_saves_and_a_second_one_insists(files, fork, tmp_path):
@@ -2673,6 +2740,7 @@ AROUND = [  # answers with the same code in them
     FENCED.replace("\n", "\r\n"),
     f" {PURE}",
     f"\ufeff{PURE}",
+    f"ONE: int = 1\n\n{PURE.replace('+ 1', '+ ONE')}",
     f"import statements are not needed.\n{PURE}",
     f"try:\n    import numpy\nexcept ImportError:\n    numpy = None\nA, B = 1, 2\n{PURE}",
     'def f(x):\n    """\nReturn the next number.\n    """\n    größe = x\n    return größe + 1',

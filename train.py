@@ -156,6 +156,8 @@ def defaults_of(field):
 def config_of(given):
     """The given options and, for the others, the task's defaults, tuned ones where they apply, the protocol's turns."""
     task = find_task(given.get("task", Config.task))
+    if not isinstance(task.defaults, dict):
+        raise UserError(f"the task {task.__name__}: defaults must be a dict of options")
     options = vars(Config()) | task.defaults | given
     if options["protocol"] != "parallel" and "turns" not in task.defaults | given:
         options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
@@ -163,8 +165,11 @@ def config_of(given):
     as_tuned = options["model"] == Config.model and not options["agents"] and options["turns"] == 1
     if as_tuned and tuned.get("weights") == task.tuned.get("weights"):
         options |= tuned
-    with refusing(f"the task {options['task']} has a wrong option in its defaults", TypeError):
-        return Config(**options)
+    where = f"the task {options['task']} has a wrong option in its defaults"
+    with refusing(where, TypeError):
+        config = Config(**options)
+    check_kinds(config, where)
+    return config
 
 
 def parse_args(argv):
@@ -194,14 +199,19 @@ def saved_options(folder):
         content = path.read_bytes()
     with refusing(f"{path} is not the config.json of a run", (ValueError, TypeError, RecursionError)):
         config = Config(**json.loads(content))
+    check_kinds(config, path)
+    return vars(config)
+
+
+def check_kinds(config, where):
+    """Refuse options of another type than theirs, or of none of their choices. The command line has checked its own."""
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         choices = get_args(field.type)
         kinds = (float, int) if field.type is float else field.type
         fits = value in choices if choices else isinstance(value, kinds)
         if not fits:
-            raise UserError(f"{path} has {value!r} for {field.name}")
-    return vars(config)
+            raise UserError(f"{where}: {value!r} for {field.name}")
 
 
 def resumed_config(given):
@@ -370,7 +380,8 @@ def load_policies(config, device="cpu"):
         policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), trains, starts)
         policy.template = template_options(config)
         if unfinished:
-            policy.load_masters(read_checkpoint(config.agents, policy)["masters"])
+            with refusing(f"--agents {config.agents}: the checkpoint is not of this model"):
+                policy.load_masters(read_checkpoint(config.agents, policy)["masters"])
         if config.kl and not config.eval_only and not starts:
             policy.reference = copy.copy(policy)
             policy.reference.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -433,10 +444,12 @@ def load_adapters(config, agents):
     starts = []
     alpha = magrpo.Adapters.alpha
     missing = f"--agents {config.agents} has no adapters (--weights separate starts from it)"
-    with refusing(missing, (OSError, ValueError, KeyError, SafetensorError)):
+    with refusing(missing, (OSError, ValueError, KeyError, TypeError, SafetensorError)):
         for agent in agents:
             folder = Path(agent) / "adapter"
             saved = json.loads((folder / "adapter_config.json").read_bytes())
+            if not isinstance(saved["base_model_name_or_path"], str):
+                raise ValueError("base_model_name_or_path names no model")
             kinds.add((saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]))
             starts.append(load_file(folder / "adapter_model.safetensors"))
     (model, *shape), *others = kinds
@@ -459,6 +472,10 @@ def check_reward(task):
         texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
         reward = magrpo.checked_rewards(task, [(item, [], texts)])[0]
     numbers = [part for part, value in reward.items() if isinstance(value, (int, float))]
+    if not isinstance(task.maxima, dict):
+        raise UserError(f"the task {name}: maxima must be a dict of numbers, not {task.maxima!r}")
+    if any(re.fullmatch(r"turn_\d+", part) for part in numbers):
+        raise UserError(f"the task {name}: a part of its reward has the name of a metric, turn_N")
     if "total" not in task.maxima or not set(task.maxima) <= set(numbers):
         said = f"maxima names {', '.join(task.maxima)}, its reward has the numbers {', '.join(numbers)}"
         raise UserError(f"the task {name}: {said}")
@@ -479,11 +496,8 @@ def check_prompts(config, task, policies):
     for n, item in enumerate([*task.eval_items, *task.train_items]):
         where = getattr(item, "where", "an item")
         with refusing(f"{name} makes no prompts of {where}"):
-            prompts = task.prompts(item, [])
-        kinds = set(map(type, prompts)) if isinstance(prompts, list) else set()
-        if not kinds or len(prompts) != task.num_agents or kinds - {str, list, type(None)}:
-            raise UserError(f"{name} makes {prompts!r} for {task.num_agents} agents, not a list of as many texts")
-        if kinds == {type(None)}:
+            prompts = magrpo.checked_prompts(task, item, [])
+        if prompts == [None] * len(prompts):
             raise UserError(f"{name} leaves all agents silent in the first turn of {where}")
         for policy in policies:
             # Of a large training set only items with many bytes are tokenized: a text has hardly more tokens.
@@ -550,10 +564,11 @@ class Log:
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if path.exists():  # drop what came after the checkpoint: those steps run again
                 kept = []
-                for line in path.read_bytes().splitlines(keepends=True):
-                    record = json.loads(line)
-                    if record["step"] <= step and "when" not in record:  # the run writes these again at its end
-                        kept.append(line)
+                for n, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+                    with refusing(f"{path}, line {n} is damaged: delete it", (ValueError, KeyError, TypeError)):
+                        record = json.loads(line)
+                        if record["step"] <= step and "when" not in record:  # the run writes these again at its end
+                            kept.append(line)
                 with replacing(path) as partial:
                     partial.write_bytes(b"".join(kept))
         if config.log == "tensorboard":
@@ -575,8 +590,7 @@ class Log:
                 self.send = wandb.init(project="magrpo", **options).log
 
     def metrics(self, step, metrics, prefix=""):
-        # NaN is no JSON.
-        values = {prefix + name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        values = plain({prefix + name: value for name, value in metrics.items()})
         self.append("metrics", {"step": step} | values)
         self.send({name: value for name, value in values.items() if value is not None}, step=step)
 
@@ -603,7 +617,20 @@ def episode_of(task, turns):
         node = node.children[0]
     earlier = [{"texts": turn["texts"], "reward": turn["reward"]} for turn in node.history]
     prompts = task.prompts(node.item, node.history)
-    return {"prompts": prompts, "texts": node.joint_texts(0), "reward": node.rewards[0], "earlier": earlier}
+    return plain({"prompts": prompts, "texts": node.joint_texts(0), "reward": node.rewards[0], "earlier": earlier})
+
+
+def plain(value):
+    """A value as JSON and checkpoints can hold it. Without NaN, which is no JSON; what is no data becomes its repr."""
+    if hasattr(value, "tolist"):  # of numpy or torch
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(map(plain, value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, type(None))) else repr(value)
 
 
 def show_episode(episode, maxima):
@@ -671,17 +698,23 @@ def print_table(columns, maxima):
 
 # ---------------------------------------------------------------- checkpoints
 def fingerprint(task, policies):
-    """A hash of what may not change when a run goes on: all items, each agent's first prompt, its stop tokens."""
+    """A hash of what may not change when a run goes on: items, first prompts, stop tokens, and frozen weights."""
     first = task.prompts(task.train_items[0], [])
     mine = {}
     for policy in policies:
         for agent in policy.agents:
-            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids]
+            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids, frozen_weights(policy)]
     tokens = {}
     for theirs in world.exchange(mine):
         tokens |= theirs
     content = json.dumps([task.train_items, task.eval_items, sorted(tokens.items())], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def frozen_weights(policy):
+    """A number that tells two frozen models apart. A sum of integers is the same in any order, on any device."""
+    frozen = [p.detach() for p in policy.model.parameters() if not p.requires_grad]
+    return sum(p.view(torch.int32 if p.element_size() == 4 else torch.int16).sum().item() for p in frozen)
 
 
 def save_checkpoint(config, step, policies, extra):
@@ -713,7 +746,11 @@ def read_checkpoint(folder, policy):
     newest = checkpoints_in(folder)[-1]
     file = newest / f"agent_{policy.agents[0]}.pt"
     with refusing(f"{file} cannot be read (to use the one before, delete {newest})"):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {"masters", "optimizer", "fingerprint", "step"} - set(state)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
 
 
 def load_checkpoint(config, policies, expected):
@@ -727,11 +764,12 @@ def load_checkpoint(config, policies, expected):
     for policy in policies:
         state = read_checkpoint(folder, policy)
         if state["fingerprint"] != expected:
-            changed = "data, prompts or tokenizer have changed"
+            changed = "data, prompts or tokenizer have changed, or the frozen model"
             raise UserError(f"--resume {folder} would not continue the same run: {changed}")
         if state["step"] > config.steps:
             raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
-        policy.load_state(state)
+        with refusing(f"--resume {folder}: the checkpoint is not of this model"):
+            policy.load_state(state)
     return state
 
 
@@ -807,7 +845,8 @@ def run(config):
         expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
     names = "num_agents data skip_bad views protocol feedback history visible_tests"
     options = {name: getattr(config, name) for name in names.split()}
-    task = find_task(config.task)(**options, expert=expert)
+    with refusing(f"the task {config.task} cannot be set up"):
+        task = find_task(config.task)(**options, expert=expert)
     warnings = [task.warning()]
     if expert and world.rank == 0:
         warnings.append(expert.warning())
@@ -972,7 +1011,7 @@ def evaluate_task(config, task, policies, log=None, step=None):
 def ask(config, task, policies):
     """Print what the agents answer to the text of --ask, and what that earns."""
     text = config.ask
-    names = [field.split("|")[0] for field in task.fields]
+    names = [field.split("|")[0] for field in task.fields] or list(task.train_items[0])
     wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
     with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
         if text == "-":
