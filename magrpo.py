@@ -52,7 +52,7 @@ class Settings:
     # rollout
     prompts: int = 4  # items in one step; every agent has a prompt for each
     group: int = 4  # completions of each agent for one prompt (G)
-    joint: Literal["aligned", "crossed"] = "aligned"  # the g-th completions of all agents, or all combinations
+    joint: Literal["aligned", "crossed"] = "aligned"  # combine the g-th completions of all agents, or all with all
     temperature: float = 0.8  # sampling temperature; it is a part of the policy, in training and in evaluation
     max_new_tokens: int = 80  # longest completion, in tokens
     seed: int = 0  # random seed of everything that is sampled
@@ -354,7 +354,7 @@ class Policy:
     def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True, adapters=None):
         """adapters: None, or for each agent the tensors of the adapter that it starts with; {} for a new one."""
         prepare_layers(model)
-        self.lr = cfg.lr or default_lr(model, adapters)
+        self.lr = cfg.lr or default_lr(model, adapters)  # before the adapters add to the model's parameters
         self.model = model
         self.tokenizer = tokenizer
         self.agents = list(agents)

@@ -111,16 +111,16 @@ CODE_MAX = {"total": 4.0, "structure": 1.0, "syntax": 0.5, "tests": 1.0, "cooper
 
 MAX_ANSWER = 50_000  # characters of an answer that are read
 
-# What an unindented line looks like that starts code.
+# An unindented line that starts code.
 START = re.compile(
     r"(async +)?def +\w|class +\w+ *[:(]|@\w|import +[\w.]+( +as +\w+)? *([,;#]|$)|from +[\w.]+ +import "
 )
-# That starts code, but only before the first definition.
+# One that starts code, but only before the first definition.
 SETUP = re.compile(
     r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:|"
     r"[^\W\d]\w* *: *(int|float|str|bool|bytes|list|dict|set|tuple|List|Dict|Set|Tuple)\b[^=]* = "
 )
-# That continues code.
+# One that continues code.
 MORE = re.compile(
     rf"""({"|".join(keyword.kwlist)}|match|case|print)\b  # a statement
     | [\#@"')\]}}]  # a comment, a decorator, a string, the end of a bracket
@@ -214,7 +214,7 @@ def extract_code(text: str, head: str = "def f():") -> str:
     kept = []
     code = False  # whether the lines here are code
     fenced = False  # in a fence
-    quoted = ""  # the quotes of the string of several lines that we are in: no line of it says what follows
+    quoted = ""  # the quotes that opened a string of several lines; its lines do not tell what follows
     defined = False  # after a definition
     for line in text.split("\n"):
         if line and line[0] not in " \t" and not quoted:

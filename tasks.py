@@ -545,11 +545,12 @@ class Coding(Task):
         role = "Write only a helper function for this, without a docstring. It returns a value. Write only code."
         prompts = []
         calls = []
+        arguments = arguments_of(item)
         for name in self.helpers:
             prompts.append(f"{problem}\n\n{role} Start with:\ndef {name}({parameters}):")
-            calls.append(f"{name}({arguments_of(item)})")
-        # Without the calls in full, or when told what not to write, small models write all themselves. The wordings
-        # that were tried are in benchmarks/README.md.
+            calls.append(f"{name}({arguments})")
+        # Small models like to write everything themselves. Of the wordings that were tried (benchmarks/README.md), this
+        # one makes them call the helper most often.
         called = ", ".join(calls)
         if len(calls) == 1:
             role = f"A colleague writes the helper {called}, which solves a part of this."

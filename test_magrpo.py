@@ -1779,6 +1779,9 @@ BAD_INPUTS = {
     **{f"--{name}={10**24}": f"--{name}" for name in ("group", "eval-group", "steps", "max-new-tokens")},
     "--stop-above=nan": "--stop-above",
     "--joint=crossed --group=2000": "--joint crossed",
+    "--turns=2000000000": "lower --group or --turns",
+    "--num-agents=2000000000 --joint=crossed": "--joint crossed",
+    "--num-agents=2000000000": "this task is for 1 to 2 agents",
     "--data={empty}": "0 items",
     "--data={single}": "1 items",
     **{f"--data={{{name}}}": "context of 512" for name in ("long", "dense")},
@@ -2005,7 +2008,7 @@ def test_in_a_sequence_there_is_nothing_to_combine():
     """One agent speaks at a time: 64 answers were refused as 64 ** 4 joint actions."""
     options = ["--num-agents=4", "--joint=crossed", "--group=64", "--task=schelling"]
     config = train.parse_args([*options, "--protocol=sequential", "--group=32", "--turns=4"])
-    assert train.joint_actions_of(config) == 32
+    assert train.agents_combined(config) == 1
     with pytest.raises(UserError, match="--joint crossed can make more than a million"):
         train.parse_args(options)
     with pytest.raises(UserError, match="lower --group or --turns"):

@@ -204,7 +204,7 @@ def saved_options(folder):
 
 
 def check_kinds(config, where):
-    """Refuse options of another type than theirs, or of none of their choices. The command line has checked its own."""
+    """Refuse an option whose value has the wrong type or is not one of its choices."""
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         choices = get_args(field.type)
@@ -254,11 +254,10 @@ def options_of_agents(given):
     return taken
 
 
-def joint_actions_of(config):
-    """How many joint actions a node has at most."""
+def agents_combined(config):
+    """How many agents' completions are combined freely: a node has group ** this joint actions."""
     # In a sequence one agent speaks at a time, so there is nothing to combine.
-    combined = config.joint == "crossed" and config.protocol != "sequential"
-    return config.group ** (config.num_agents if combined else 1)
+    return config.num_agents if config.joint == "crossed" and config.protocol != "sequential" else 1
 
 
 def check_config(config):
@@ -271,7 +270,8 @@ def check_config(config):
         if (value < 0 and name != "stop_above") or (value == 0 and name not in MAY_BE_ZERO):
             least = "0 or more" if name in MAY_BE_ZERO else "greater than 0"
             raise UserError(f"{flag(name)} must be {least}, not {value}")
-    if not config.eval_only and joint_actions_of(config) ** config.turns > 2**20:
+    # As a logarithm: the power of large numbers would take for ever.
+    if not config.eval_only and agents_combined(config) * config.turns * math.log2(config.group) > 20:
         many = f"--joint {config.joint} can make more than a million joint actions of an item"
         raise UserError(f"{many}: lower --group or --turns")
     if config.group < 2 and not config.eval_only:
@@ -284,7 +284,7 @@ def check_config(config):
     if config.protocol == "sequential" and config.feedback == "expert":
         raise UserError("--feedback expert advises agents that answer together: choose another --protocol")
     frozen = set(filter(None, config.frozen.split(",")))
-    if not frozen < set(map(str, range(config.num_agents))):
+    if frozen and not frozen < set(map(str, range(config.num_agents))):
         raise UserError(f"--frozen {config.frozen} must name some agents, not all, such as 1 or 0,2")
     if config.weights != "separate" and "," in config.model:
         raise UserError(f"--weights {config.weights} means one model; --model names several")
@@ -621,7 +621,7 @@ def episode_of(task, turns):
 
 
 def plain(value):
-    """A value as JSON and checkpoints can hold it. Without NaN, which is no JSON; what is no data becomes its repr."""
+    """A value in a form that JSON and checkpoints can hold. NaN becomes None, other objects become their repr."""
     if hasattr(value, "tolist"):  # of numpy or torch
         value = value.tolist()
     if isinstance(value, dict):
@@ -818,7 +818,7 @@ def print_header(config, task, policies, device):
     print(f"device  {device}, {torch.get_num_threads()} threads{processes}, computing in {config.dtype}{graphs}")
     print(f"answers at most {config.max_new_tokens} tokens; held-out items get {config.eval_group} of each agent")
     if not config.eval_only:
-        joint = joint_actions_of(config)
+        joint = config.group ** agents_combined(config)
         samples = f"{config.steps} steps x {config.prompts} prompts x {joint} joint actions ({config.joint})"
         where = " in the first turn" if config.turns > 1 else ""
         print(f"run     {samples} = {config.steps * config.prompts * joint} joint samples{where}")
@@ -828,7 +828,7 @@ def print_header(config, task, policies, device):
 
 
 def print_warnings(warnings):
-    """Print those that are not empty, in one process."""
+    """Process 0 prints the warnings that are not empty."""
     for warning in warnings:
         if warning and world.rank == 0:
             print(f"warning: {warning}", flush=True)
@@ -890,7 +890,7 @@ def train(config, task, policies):
     saved_at = time.monotonic()
     before = checkpoint.get("before")
     after = None
-    missed = checkpoint.get("missed_evaluation", False)  # whether an interrupt has ended that of this step
+    missed = checkpoint.get("missed_evaluation", False)  # whether an interrupt stopped the evaluation of this step
     log = None
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:

@@ -170,12 +170,12 @@ def compare():
     rows = {row: source for row, source in ROWS.items() if row in chosen}
     folder = args.out or Path("runs") / f"paper-{args.task.rpartition(':')[2].lower()}"
     needed = [name for name in runs if name in {run for run, _ in rows.values()}]
+    if {option.split("=")[0] for option in others} & {"--joint", "--seed"}:
+        raise UserError("--joint and --seed are set by this script: leave them out")
     for name in needed:  # now, and not after the hours of the runs before it
-        config = train.parse_args([*common, *runs[name]])
-        if config.num_agents not in find_task(args.task).agents_allowed:
-            raise UserError(f"--task {args.task} is not for {config.num_agents} agent(s): leave out the rows of {name}")
-        if config.joint == "crossed" or any(option.split("=")[0] == "--seed" for option in others):
-            raise UserError("--joint crossed and --seed would make rows that cannot be compared: leave them out")
+        agents = train.parse_args([*common, *runs[name]]).num_agents
+        if agents not in find_task(args.task).agents_allowed:
+            raise UserError(f"--task {args.task} is not for {agents} agent(s): leave out the rows of {name}")
     remember(folder, [args.task, *others])
     table = {row: {} for row in rows}
     for seed in range(args.seeds):
