@@ -465,18 +465,14 @@ class Policy:
         masters = {agent: [p.detach() for p in masters] for agent, masters in self.masters.items()}
         return {"masters": masters, "optimizer": self.optimizer.state_dict()}
 
+    @torch.no_grad()
     def load_state(self, state):
         """Continue from a checkpoint, equal to the last bit."""
-        self.load_masters(state["masters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    @torch.no_grad()
-    def load_masters(self, saved):
-        """Set the weights to those of a checkpoint."""
         for agent, masters in self.masters.items():
-            for p, tensor in zip(masters, saved[agent], strict=True):
+            for p, tensor in zip(masters, state["masters"][agent], strict=True):
                 p.copy_(tensor)
         self.copy_masters()
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def merged(self, agent):
         """The weights of an agent by name, its adapter added; None without adapters: they are the model's own."""

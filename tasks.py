@@ -50,100 +50,6 @@ PROTOCOLS = ("parallel", "sequential", "discussion")  # who reads whose answers,
 FEEDBACK = ("plain", "passed", "level_passed", "level", "expert")  # what agents read between turns
 
 
-# ---------------------------------------------------------------- data
-class Item(dict):
-    """A row of the data, which knows where it comes from."""
-
-    where = ""  # file and line
-
-
-def load_items(source, fields, prepare=dict):
-    """Items of a .jsonl or .jsonl.gz file or of a Hub data set, as dicts that have all fields.
-
-    source: FILE, or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a Hub data set; then :FIELD=ITS_NAME_THERE,... A field may
-    name alternatives, "abstract_text|abstract"; the first that is there is stored under the first name. prepare: what
-    is done with a row before its fields are looked for. Raises UserError with file and line for what cannot be used.
-    """
-    pair = r"\w+=[^:=,/\\]+"  # no slash: a folder may be called split=train
-    source, pairs = re.fullmatch(rf"(.*?)(?::({pair}(?:,{pair})*))?", str(source), re.DOTALL).groups()
-    renamed = dict(re.findall(r"(\w+)=([^,]+)", pairs or ""))
-    unknown = renamed.keys() - {field.split("|")[0] for field in fields}
-    if unknown:
-        raise UserError(f"--data {source}: {', '.join(unknown)} is no field of this task; it has {', '.join(fields)}")
-    path = Path(source)
-    if path.suffix in (".csv", ".json", ".parquet", ".txt", ".zip"):
-        raise UserError(f"--data {source} is a {path.suffix} file: convert it to .jsonl, one JSON object a line")
-    rows = load_lines(path) if path.suffix in (".jsonl", ".gz") else load_hub(source)
-    items = []
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with {', '.join(fields)}, not {type(row).__name__}")
-        items.append(check_item(prepare(row), fields, renamed, where))
-    return items
-
-
-def load_lines(path):
-    """(where, row) of each line of a file."""
-    open_text = gzip.open if path.suffix == ".gz" else open
-    try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            for n, line in enumerate(file, 1):
-                where = f"{path}, line {n}"
-                if line.strip():
-                    yield where, json.loads(line)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read --data {path}: {error}") from error
-    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
-        raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
-
-
-def load_hub(source):
-    """(where, row) of each row of a Hub data set, by default of its split train; needs the package `datasets`."""
-    name, *config, split = source.split(":") if ":" in source else (source, "train")
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(name, *config, split=split)
-    except ImportError as error:
-        wanted = "is not a .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
-        raise UserError(f"--data {source} {wanted}") from error
-    except Exception as error:  # the library raises many kinds: no network, no such set, no such split
-        raise UserError(f"cannot load the data set {source} (NAME:CONFIG:SPLIT): {first_line(error)}") from error
-    for n, row in enumerate(rows, 1):
-        yield f"{source}, item {n}", row
-
-
-def check_item(row, fields, renamed, where):
-    """The row as an item, with each field as text under its first name."""
-    item = Item(row)
-    item.where = where
-    for field in fields:
-        first, *others = field.split("|")
-        names = [renamed.get(first, first), *others]
-        text = ""
-        for name in names:
-            text = text or as_text(row.get(name))
-        if not text:
-            found = ", ".join(map(str, row))
-            raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text; there are {found}")
-        if re.search("[\ud800-\udfff]", text):  # JSON escapes can be lone surrogates
-            raise UserError(f"{where}: the field {names[0]} is not Unicode text")
-        item[first] = text
-    return item
-
-
-def as_text(value):
-    """A field as text: itself, the user's last message of a chat, or lines such as asserts; "" if it is neither."""
-    if isinstance(value, list) and set(map(type, value)) == {dict}:  # a chat
-        said = [message.get("content") for message in value if message.get("role", "user") == "user"]
-        value = said[-1] if said else ""
-        if isinstance(value, list):  # parts of a message, some of which may be images
-            value = [part["text"] for part in value if isinstance(part, dict) and "text" in part]
-    if isinstance(value, list) and set(map(type, value)) == {str}:
-        value = "\n".join(value)
-    return value if isinstance(value, str) and value.strip() else ""
-
-
 # ---------------------------------------------------------------- the base class
 class Task:
     """A task for a number of agents. Subclasses say what the prompts and the reward are."""
@@ -296,87 +202,52 @@ def standing_answers(history, texts):
     return standing
 
 
-# ---------------------------------------------------------------- guided learning
-class Expert:
-    """Another language model that suggests edits to each agent, behind any OpenAI-compatible server.
+# ---------------------------------------------------------------- a coordination game
+class Schelling(Task):
+    """Name the same word of a text as the others, without seeing their answers (a focal point, after T. Schelling).
 
-    Its key is read from the environment variable EXPERT_API_KEY, and is in no option, file or message.
+    0.2 is paid in proportion to the agents that name a word which all have read, and 0.8 more if it is the same one. So
+    form alone earns 20 % of the reward, and the rest has to be agreed on. With `views` "halves", each agent reads
+    another two thirds of the text.
     """
 
-    tries = 3  # of each request
-    longest = 2000  # characters of the advice to an agent
+    default_data, fields = "posts.jsonl", ("prompt",)
+    maxima = {"total": 1.0, "named": 0.2, "agreement": 0.8}
+    defaults = {"weights": "adapters", "steps": 15, "group": 8, "max_new_tokens": 8, "temperature": 1.0}
+    agents_allowed = range(2, 5)
+    length = 22  # words of the text
 
-    def __init__(self, url, model, timeout):
-        self.key = os.environ.get("EXPERT_API_KEY", "").strip()
-        self.model = model
-        self.timeout = timeout  # seconds to wait in a turn; a single request may take a third of them
-        # With api_key None, the client would send the user's own token of the Hub.
-        self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
+    def first_prompts(self, item):
+        return [f"{view}\n\nRepeat one word of this text." for view in self.views_of(item)]
 
-    def warning(self):
-        """Ask something simple, to say at the start that the expert does not answer."""
-        _, reason = self.ask_all(["Say hello."], 1, tries=1)[0]
-        reached = reason in (None, "ValueError")  # another form of answer is an answer
-        return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
+    def views_of(self, item):
+        """The text that each agent reads."""
+        words = item["prompt"].split()[: self.length]
+        if self.options.get("views") != "halves":
+            return [" ".join(words)] * self.num_agents
+        # Each reads two thirds. They begin at different words, and all have read the third in the middle.
+        third = len(words) // 3
+        views = []
+        for agent in range(self.num_agents):
+            start = third * agent // (self.num_agents - 1)
+            views.append(" ".join(words[start : start + 2 * third + 1]))
+        return views
 
-    def advise(self, questions, num_agents):
-        """N texts for each question; None if the expert fails, is late or ignores the form."""
-        replies = self.ask_all(questions, num_agents, self.tries)
-        advice = [texts for texts, _ in replies]
-        reasons = {reason for _, reason in replies if reason}
-        if reasons:
-            failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(sorted(reasons))}"
-            print(f"warning: the expert failed: {failed}", file=sys.stderr)
-        return advice
+    def reward(self, item, history, texts):
+        views = [set(content_words(view)) for view in self.views_of(item)]
+        shared = set.intersection(*views)
+        named = []  # the first word of each answer that all have read
+        for text in texts:
+            words = [word for word in content_words(text) if word in shared]
+            named += words[:1]
+        agree = len(named) == len(texts) and len(set(named)) == 1
+        parts = {"named": 0.2 * len(named) / len(texts), "agreement": 0.8 * agree}
+        return {"total": sum(parts.values()), **parts}
 
-    def ask_all(self, questions, num_agents, tries):
-        """What `ask` returns for each question. All are asked at once, and late replies are not waited for."""
-        replies = [(None, "no answer in time")] * len(questions)
 
-        def ask(i):
-            replies[i] = self.ask(questions[i], num_agents, tries)
-
-        # Daemon threads, not an executor: nothing waits for a server that never answers.
-        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
-        end = time.monotonic() + self.timeout
-        offline = constants.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = False  # it is about the Hub, and would block these requests, too
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(end - time.monotonic(), 0))
-        constants.HF_HUB_OFFLINE = offline
-        return list(replies)  # a copy: a thread that is late writes to the other one
-
-    def ask(self, question, num_agents, tries):
-        """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
-        form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
-        task = (
-            "Suggest to each agent a few short, concrete edits of its answer. The agents cannot see each other. Do not "
-            f"write the whole answer. Reply in this form:\n{form}"
-        )
-        messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
-        for pause in range(tries):
-            time.sleep(pause)  # a busy server gets more time before each new try
-            try:
-                reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
-                return self.read(reply.choices[0].message.content, num_agents), None
-            except Exception as error:  # of the network, of the server, of what it wrote
-                status = getattr(getattr(error, "response", None), "status_code", "")
-                reason = f"{type(error).__name__} {status}".strip()
-        return None, reason
-
-    def read(self, text, num_agents):
-        """The advice to each agent in a reply; ValueError if it is not in the form that was asked for."""
-        # What comes before the first heading is dropped. Then numbers and texts follow each other.
-        _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
-        found = dict(zip(parts[::2], parts[1::2], strict=True))
-        advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
-        text.encode()  # raises UnicodeEncodeError, a ValueError, for lone surrogates
-        quotes_key = len(self.key) > 5 and self.key in text  # shorter keys are placeholders, such as "none"
-        if not all(advice) or quotes_key:
-            raise ValueError("not the form that was asked for")
-        return advice
+def content_words(text):
+    """The words of four letters or more that are no stop words, in lower case and in order."""
+    return [word for word in re.findall(r"[^\W\d_]{4,}", text.lower()) if word not in STOP_WORDS]
 
 
 # ---------------------------------------------------------------- writing
@@ -436,54 +307,6 @@ class Arxiv(TwoParts):
         "Above is the abstract of a paper. Write the second part of its introduction, one long paragraph on method and "
         "implications. A colleague writes about background and motivation; do not repeat that.",
     )
-
-
-# ---------------------------------------------------------------- a coordination game
-class Schelling(Task):
-    """Name the same word of a text as the others, without seeing their answers (a focal point, after T. Schelling).
-
-    0.2 is paid in proportion to the agents that name a word which all have read, and 0.8 more if it is the same one. So
-    form alone earns 20 % of the reward, and the rest has to be agreed on. With `views` "halves", each agent reads
-    another two thirds of the text.
-    """
-
-    default_data, fields = "posts.jsonl", ("prompt",)
-    maxima = {"total": 1.0, "named": 0.2, "agreement": 0.8}
-    defaults = {"weights": "adapters", "steps": 15, "group": 8, "max_new_tokens": 8, "temperature": 1.0}
-    agents_allowed = range(2, 5)
-    length = 22  # words of the text
-
-    def first_prompts(self, item):
-        return [f"{view}\n\nRepeat one word of this text." for view in self.views_of(item)]
-
-    def views_of(self, item):
-        """The text that each agent reads."""
-        words = item["prompt"].split()[: self.length]
-        if self.options.get("views") != "halves":
-            return [" ".join(words)] * self.num_agents
-        # Each reads two thirds. They begin at different words, and all have read the third in the middle.
-        third = len(words) // 3
-        views = []
-        for agent in range(self.num_agents):
-            start = third * agent // (self.num_agents - 1)
-            views.append(" ".join(words[start : start + 2 * third + 1]))
-        return views
-
-    def reward(self, item, history, texts):
-        views = [set(content_words(view)) for view in self.views_of(item)]
-        shared = set.intersection(*views)
-        named = []  # the first word of each answer that all have read
-        for text in texts:
-            words = [word for word in content_words(text) if word in shared]
-            named += words[:1]
-        agree = len(named) == len(texts) and len(set(named)) == 1
-        parts = {"named": 0.2 * len(named) / len(texts), "agreement": 0.8 * agree}
-        return {"total": sum(parts.values()), **parts}
-
-
-def content_words(text):
-    """The words of four letters or more that are no stop words, in lower case and in order."""
-    return [word for word in re.findall(r"[^\W\d_]{4,}", text.lower()) if word not in STOP_WORDS]
 
 
 # ---------------------------------------------------------------- coding
@@ -623,31 +446,6 @@ def arguments_of(item):
     return ", ".join(parameter.arg for parameter in parameters) or "..."
 
 
-def as_humaneval(row):
-    """A row of MBPP in the form of HumanEval: its asserts in one text, and the name of the function that they call."""
-    tests = row.get("test_list")
-    if not isinstance(tests, list) or "entry_point" in row:
-        return row
-    imports = row.get("test_imports") or []
-    imports = imports if isinstance(imports, list) else [imports]
-    test = "\n".join(map(str, [*imports, row.get("test_setup_code") or "", *tests]))
-    defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
-    entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
-    mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}
-    return row | mine | {"canonical_solution": row.get("code")}
-
-
-def check_problem(item):
-    """Why no answer could solve a problem; "" if nothing speaks against it."""
-    try:
-        found = list_tests(item["test"])
-    except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):  # not Python; a check without parameters
-        found = []
-    if not found or not item["entry_point"].isidentifier():
-        return "entry_point must name a function, and test must be Python with asserts"
-    return ""
-
-
 def unsolvable(items, all_of_them):
     """Why problems cannot be solved, by where they come from.
 
@@ -675,6 +473,20 @@ def unsolvable(items, all_of_them):
     return bad
 
 
+def check_problem(item):
+    """Why no answer could solve a problem; "" if nothing speaks against it."""
+    try:
+        found = list_tests(item["test"])
+    except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):  # not Python; a check without parameters
+        found = []
+    if not found or not item["entry_point"].isidentifier():
+        return "entry_point must name a function, and test must be Python with asserts"
+    return ""
+
+
+TASKS = {"schelling": Schelling, "writing": Writing, "arxiv": Arxiv, "coding": Coding}
+
+
 def find_task(name):
     """The class of a task, by its name in TASKS or as FILE.py:CLASS."""
     path, _, kind = name.rpartition(":")
@@ -695,4 +507,192 @@ def find_task(name):
     return found
 
 
-TASKS = {"schelling": Schelling, "writing": Writing, "arxiv": Arxiv, "coding": Coding}
+# ---------------------------------------------------------------- data
+class Item(dict):
+    """A row of the data, which knows where it comes from."""
+
+    where = ""  # file and line
+
+
+def load_items(source, fields, prepare=dict):
+    """Items of a .jsonl or .jsonl.gz file or of a Hub data set, as dicts that have all fields.
+
+    source: FILE, or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a Hub data set; then :FIELD=ITS_NAME_THERE,... A field may
+    name alternatives, "abstract_text|abstract"; the first that is there is stored under the first name. prepare: what
+    is done with a row before its fields are looked for. Raises UserError with file and line for what cannot be used.
+    """
+    pair = r"\w+=[^:=,/\\]+"  # no slash: a folder may be called split=train
+    source, pairs = re.fullmatch(rf"(.*?)(?::({pair}(?:,{pair})*))?", str(source), re.DOTALL).groups()
+    renamed = dict(re.findall(r"(\w+)=([^,]+)", pairs or ""))
+    unknown = renamed.keys() - {field.split("|")[0] for field in fields}
+    if unknown:
+        raise UserError(f"--data {source}: {', '.join(unknown)} is no field of this task; it has {', '.join(fields)}")
+    path = Path(source)
+    if path.suffix in (".csv", ".json", ".parquet", ".txt", ".zip"):
+        raise UserError(f"--data {source} is a {path.suffix} file: convert it to .jsonl, one JSON object a line")
+    rows = load_lines(path) if path.suffix in (".jsonl", ".gz") else load_hub(source)
+    items = []
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object with {', '.join(fields)}, not {type(row).__name__}")
+        items.append(check_item(prepare(row), fields, renamed, where))
+    return items
+
+
+def load_lines(path):
+    """(where, row) of each line of a file."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", encoding="utf-8") as file:
+            for n, line in enumerate(file, 1):
+                where = f"{path}, line {n}"
+                if line.strip():
+                    yield where, json.loads(line)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"cannot read --data {path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and brackets in brackets
+        raise UserError(f"{where}: not valid JSON ({error}); each line holds one object") from error
+
+
+def load_hub(source):
+    """(where, row) of each row of a Hub data set, by default of its split train; needs the package `datasets`."""
+    name, *config, split = source.split(":") if ":" in source else (source, "train")
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, *config, split=split)
+    except ImportError as error:
+        wanted = "is not a .jsonl or .jsonl.gz file, and a Hub data set needs `pip install datasets`"
+        raise UserError(f"--data {source} {wanted}") from error
+    except Exception as error:  # the library raises many kinds: no network, no such set, no such split
+        raise UserError(f"cannot load the data set {source} (NAME:CONFIG:SPLIT): {first_line(error)}") from error
+    for n, row in enumerate(rows, 1):
+        yield f"{source}, item {n}", row
+
+
+def check_item(row, fields, renamed, where):
+    """The row as an item, with each field as text under its first name."""
+    item = Item(row)
+    item.where = where
+    for field in fields:
+        first, *others = field.split("|")
+        names = [renamed.get(first, first), *others]
+        text = ""
+        for name in names:
+            text = text or as_text(row.get(name))
+        if not text:
+            found = ", ".join(map(str, row))
+            raise UserError(f"{where}: the field {' or '.join(names)} is missing or has no text; there are {found}")
+        if re.search("[\ud800-\udfff]", text):  # JSON escapes can be lone surrogates
+            raise UserError(f"{where}: the field {names[0]} is not Unicode text")
+        item[first] = text
+    return item
+
+
+def as_text(value):
+    """A field as text: itself, the user's last message of a chat, or lines such as asserts; "" if it is neither."""
+    if isinstance(value, list) and set(map(type, value)) == {dict}:  # a chat
+        said = [message.get("content") for message in value if message.get("role", "user") == "user"]
+        value = said[-1] if said else ""
+        if isinstance(value, list):  # parts of a message, some of which may be images
+            value = [part["text"] for part in value if isinstance(part, dict) and "text" in part]
+    if isinstance(value, list) and set(map(type, value)) == {str}:
+        value = "\n".join(value)
+    return value if isinstance(value, str) and value.strip() else ""
+
+
+def as_humaneval(row):
+    """A row of MBPP in the form of HumanEval: its asserts in one text, and the name of the function that they call."""
+    tests = row.get("test_list")
+    if not isinstance(tests, list) or "entry_point" in row:
+        return row
+    imports = row.get("test_imports") or []
+    imports = imports if isinstance(imports, list) else [imports]
+    test = "\n".join(map(str, [*imports, row.get("test_setup_code") or "", *tests]))
+    defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
+    entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
+    mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}
+    return row | mine | {"canonical_solution": row.get("code")}
+
+
+# ---------------------------------------------------------------- guided learning
+class Expert:
+    """Another language model that suggests edits to each agent, behind any OpenAI-compatible server.
+
+    Its key is read from the environment variable EXPERT_API_KEY, and is in no option, file or message.
+    """
+
+    tries = 3  # of each request
+    longest = 2000  # characters of the advice to an agent
+
+    def __init__(self, url, model, timeout):
+        self.key = os.environ.get("EXPERT_API_KEY", "").strip()
+        self.model = model
+        self.timeout = timeout  # seconds to wait in a turn; a single request may take a third of them
+        # With api_key None, the client would send the user's own token of the Hub.
+        self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout / self.tries)
+
+    def warning(self):
+        """Ask something simple, to say at the start that the expert does not answer."""
+        _, reason = self.ask_all(["Say hello."], 1, tries=1)[0]
+        reached = reason in (None, "ValueError")  # another form of answer is an answer
+        return "" if reached else f"the expert does not answer ({reason}); without it, feedback is level"
+
+    def advise(self, questions, num_agents):
+        """N texts for each question; None if the expert fails, is late or ignores the form."""
+        replies = self.ask_all(questions, num_agents, self.tries)
+        advice = [texts for texts, _ in replies]
+        reasons = {reason for _, reason in replies if reason}
+        if reasons:
+            failed = f"{advice.count(None)} of {len(advice)} requests, {', '.join(sorted(reasons))}"
+            print(f"warning: the expert failed: {failed}", file=sys.stderr)
+        return advice
+
+    def ask_all(self, questions, num_agents, tries):
+        """What `ask` returns for each question. All are asked at once, and late replies are not waited for."""
+        replies = [(None, "no answer in time")] * len(questions)
+
+        def ask(i):
+            replies[i] = self.ask(questions[i], num_agents, tries)
+
+        # Daemon threads, not an executor: nothing waits for a server that never answers.
+        threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(len(questions))]
+        end = time.monotonic() + self.timeout
+        offline = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = False  # it is about the Hub, and would block these requests, too
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(end - time.monotonic(), 0))
+        constants.HF_HUB_OFFLINE = offline
+        return list(replies)  # a copy: a thread that is late writes to the other one
+
+    def ask(self, question, num_agents, tries):
+        """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
+        form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
+        task = (
+            "Suggest to each agent a few short, concrete edits of its answer. The agents cannot see each other. Do not "
+            f"write the whole answer. Reply in this form:\n{form}"
+        )
+        messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
+        for pause in range(tries):
+            time.sleep(pause)  # a busy server gets more time before each new try
+            try:
+                reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
+                return self.read(reply.choices[0].message.content, num_agents), None
+            except Exception as error:  # of the network, of the server, of what it wrote
+                status = getattr(getattr(error, "response", None), "status_code", "")
+                reason = f"{type(error).__name__} {status}".strip()
+        return None, reason
+
+    def read(self, text, num_agents):
+        """The advice to each agent in a reply; ValueError if it is not in the form that was asked for."""
+        # What comes before the first heading is dropped. Then numbers and texts follow each other.
+        _, *parts = re.split(r"^[^\w\n]*agent +(\d+)[^\w\n]*(?::|$)", text, flags=re.IGNORECASE | re.MULTILINE)
+        found = dict(zip(parts[::2], parts[1::2], strict=True))
+        advice = [found.get(str(n), "").strip(" *\n")[: self.longest] for n in range(1, num_agents + 1)]
+        text.encode()  # raises UnicodeEncodeError, a ValueError, for lone surrogates
+        quotes_key = len(self.key) > 5 and self.key in text  # shorter keys are placeholders, such as "none"
+        if not all(advice) or quotes_key:
+            raise ValueError("not the form that was asked for")
+        return advice

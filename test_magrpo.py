@@ -2065,9 +2065,7 @@ def test_trained_agents_are_evaluated_as_whole_models(tmp_path, weights):
     options = vars(train.Config(task="schelling", weights=weights, rank=4))
     (tmp_path / "config.json").write_text(json.dumps(options))
     config = train.parse_args(["--eval-only", f"--agents={tmp_path}"])
-    assert (config.task, config.weights, config.rank) == ("schelling", weights, 4), "of a checkpoint, as they are"
-    (tmp_path / "agent_0").mkdir()
-    assert train.parse_args(["--eval-only", f"--agents={tmp_path}"]).weights == "separate"
+    assert (config.task, config.weights, config.rank) == ("schelling", "separate", 4)
     assert train.parse_args(["--eval-only", f"--agents={tmp_path}", "--weights=adapters"]).weights == "adapters"
 
 
@@ -2412,16 +2410,15 @@ def test_a_run_that_was_interrupted_makes_up_for_its_evaluation(files, tmp_path,
     assert_equal_runs(out, tmp_path / "whole")
 
 
-def test_a_run_that_was_interrupted_has_agents(short_run, files, tmp_path, capsys):
-    """What had been trained until Ctrl-C could be resumed, and neither evaluated nor trained on."""
+def test_an_interrupted_run_can_be_ended_where_it_is(short_run, files, tmp_path, capsys):
+    """What had been trained until Ctrl-C could be resumed, and not evaluated. The log then had an evaluation twice."""
     out = shutil.copytree(short_run, tmp_path / "run")
-    capsys.readouterr()
-    assert train.main(["--eval-only", f"--agents={out}"]) == 0
-    expected = table_of(capsys.readouterr().out)
     for agent in range(2):
         shutil.rmtree(out / f"agent_{agent}")
-    assert train.main(["--eval-only", f"--agents={out}"]) == 0
-    assert table_of(capsys.readouterr().out) == expected
+    assert train.main(["--eval-only", f"--agents={out}"]) == 2
+    assert f"--resume {out} --steps 2" in capsys.readouterr().err
+    assert train.main([f"--resume={out}", "--steps=2"]) == 0
+    assert_equal_runs(out, short_run)
 
 
 def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):

