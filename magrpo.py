@@ -47,7 +47,7 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass
 class Settings:
-    """The options of the algorithm. train.py adds those of a run, and builds the command line from both."""
+    """The options of the algorithm. train.py adds those of a run; the comments of both are the texts of --help."""
 
     # rollout
     prompts: int = 4  # items in one step; every agent has a prompt for each
@@ -196,7 +196,7 @@ def continue_node(task, node, cfg):
     """The nodes of the next turn: a child for each joint action that is not done, unless the node is good enough."""
     if np.mean([reward["total"] for reward in node.rewards]) > cfg.stop_above:
         return []
-    most = cfg.group ** (len(node.texts) if cfg.joint == "crossed" else 1)  # K where nobody is silent
+    most = cfg.group ** (len(node.texts) if cfg.joint == "crossed" else 1)  # the largest K, so no two numbers collide
     for k, reward in enumerate(node.rewards):
         history = [*node.history, {"texts": node.joint_texts(k), "reward": reward}]
         if not task.done(node.item, history):
@@ -224,10 +224,10 @@ def group_advantages(returns, pairing, cfg):
     agent's group at the same node, never with those of other agents, nodes or items.
     """
     member = F.one_hot(pairing, cfg.group).to(returns.dtype)  # (K, N, G): 1 where joint action k contains completion g
-    credit = torch.einsum("k,kng->ng", returns, member) / member.sum(0)  # (N, G)
-    best = credit.amax(-1, keepdim=True)
+    credit = torch.einsum("k,kng->ng", returns, member) / member.sum(0)  # (N, G); 0 / 0 where an agent is silent
     if cfg.advantage == "raw":  # REINFORCE without a baseline
         return credit.float()
+    best = credit.amax(-1, keepdim=True)
     advantage = credit - (best if cfg.advantage == "max" else credit.mean(-1, keepdim=True))
     if cfg.advantage == "std":  # arXiv v1 and the authors' code; "mean" is that of later versions, and Dr. GRPO's
         advantage = advantage / credit.std(-1, keepdim=True, unbiased=False)
@@ -240,7 +240,7 @@ def group_advantages(returns, pairing, cfg):
 
 
 def update(policy, groups, num_items, cfg, metrics, step):
-    """Make good completions likelier and bad ones less likely: an optimizer step for each minibatch, in each epoch."""
+    """Learn from the groups of this process: an optimizer step for each minibatch. num_items: of all processes."""
     count = cfg.minibatches or num_items
     minibatches = [[] for _ in range(count)]
     for group in groups:
@@ -260,8 +260,6 @@ def update(policy, groups, num_items, cfg, metrics, step):
             # differ by rounding. After it, the ratio says how far the policy has moved, and the clip limits that.
             logp_old = logp.detach() if on_policy else batch.logp
             loss = policy_loss(logp, logp_old, batch.advantage, batch.weight, cfg, logp_ref)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()}: {batch}")
             loss.backward()  # losses of micro-batches add up, because the weights are those of the whole minibatch
             policy.collect_gradients()
             record_ratio(metrics, logp.detach(), batch, cfg, on_policy)
@@ -273,15 +271,13 @@ def update(policy, groups, num_items, cfg, metrics, step):
 def set_weights(groups, cfg):
     """Set the loss weight of every token of a minibatch. Returns the agents that have something to learn from it.
 
-    Turns weigh the same, however many nodes they have. Within a turn, cfg.normalize says what the loss is a mean over:
-    "sequence", completions, each a mean over its tokens; "token", all tokens; "constant", completions, each a sum over
-    its tokens divided by max_new_tokens (Dr. GRPO, arXiv 2503.20783). Completions with advantage 0 count as well.
+    Turns weigh the same, however many nodes they have. Within a turn, cfg.normalize says what the loss is a mean over.
     """
     totals = torch.zeros(3, cfg.num_agents, cfg.turns, dtype=torch.float64)
     completions, tokens, teaching = totals  # views: what they count is in totals
     for group in groups:
         place = group.agent, group.turn
-        completions[place] += len(group.tokens)
+        completions[place] += len(group.tokens)  # also those with advantage 0
         tokens[place] += group.mask.sum()
         teaching[place] += group.advantage.any()
     # Over all replicas, and before the minibatch is split: neither processes nor --micro-batch may change the gradient.
@@ -289,8 +285,12 @@ def set_weights(groups, cfg):
     turns = (completions > 0).sum(1)  # (N,)
     for group in groups:
         place = group.agent, group.turn
-        lengths = group.mask.sum(1, keepdim=True) if cfg.normalize == "sequence" else cfg.max_new_tokens
-        divisor = tokens[place] if cfg.normalize == "token" else lengths * completions[place]
+        if cfg.normalize == "sequence":  # a mean over completions, each a mean over its tokens
+            divisor = group.mask.sum(1, keepdim=True) * completions[place]
+        elif cfg.normalize == "token":  # a mean over all tokens
+            divisor = tokens[place]
+        else:  # over completions, each a sum divided by a constant (Dr. GRPO, arXiv 2503.20783)
+            divisor = cfg.max_new_tokens * completions[place]
         group.weight = (group.mask / (divisor * turns[group.agent])).float()
     learns = completions if cfg.kl else teaching  # the KL penalty teaches without an advantage, too
     return learns.sum(1).nonzero()[:, 0].tolist()
@@ -352,7 +352,7 @@ class Policy:
     """
 
     def __init__(self, model, tokenizer, agents, cfg, dtype=torch.float32, train=True, adapters=None):
-        """adapters: None, or for each agent the tensors of the adapter that it starts with; {} for a new one."""
+        """adapters: None, or a list with the tensors of the adapter that each agent starts with, {} for a new one."""
         prepare_layers(model)
         self.lr = cfg.lr or default_lr(model, adapters)  # before the adapters add to the model's parameters
         self.model = model
@@ -367,18 +367,20 @@ class Policy:
         self.bare = False  # True: compute without the adapters
         self.reference = None  # another Policy, frozen, for the kl term
         self.template = {}  # arguments of the chat template
-        use_group_attention(self)
+        use_group_attention(self)  # before the weights are rounded: the check compares precisely
         self.trained = [p for p in model.parameters() if p.requires_grad] if train else []
-        if not adapters and dtype == torch.float32:
-            self.masters = {self.agents[0]: self.trained}
-        else:
-            self.masters = {}
-            for agent in self.agents if adapters else self.agents[:1]:
+        # A part of a stacked tensor cannot be a parameter, so adapters are copied in float32, too.
+        self.has_copies = bool(adapters) or dtype != torch.float32  # else the weights are their own masters
+        self.masters = {}
+        for agent in self.agents if adapters else self.agents[:1]:  # all agents that share weights: under the first one
+            self.masters[agent] = self.trained
+            if self.has_copies:
                 pieces = [self.piece(p.detach(), agent) for p in self.trained]
                 self.masters[agent] = [piece.float().clone().requires_grad_() for piece in pieces]
         for p in model.parameters():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
         if train:
+            # "steps" is our own, for the warmup. The optimizer keeps it in its state_dict.
             options = [{"params": masters, "steps": 0} for masters in self.masters.values()]
             self.optimizer = torch.optim.AdamW(options, lr=self.lr, weight_decay=0.0, fused=True)
         if adapters:
@@ -386,13 +388,13 @@ class Policy:
             self.reference.bare = True
 
     def choose_adapters(self, groups, tokens):
-        """Tell the adapters whose tokens the next call of the model computes: so many of each group, in their order."""
+        """Say whose tokens the next call of the model computes: group after group, so many (a number, or one each)."""
         if self.adapters:
             agents = torch.tensor([self.agents.index(group.agent) for group in groups]).repeat_interleave(tokens)
             self.adapters.choose(None if self.bare else agents.to(self.model.device))
 
     def piece(self, tensor, agent):
-        """What belongs to an agent of a weight of the model, or of its gradient: with adapters, a part of it."""
+        """An agent's part of a stacked adapter, or of its gradient. Without adapters, the whole tensor."""
         return tensor[self.agents.index(agent)] if self.adapters else tensor
 
     def encode(self, prompt):
@@ -418,13 +420,14 @@ class Policy:
 
     def collect_gradients(self):
         """Add the model's gradients to those of the masters, in float32."""
+        if not self.has_copies:
+            return  # the backward pass has added them already
         for agent, masters in self.masters.items():
             for p, master in zip(self.trained, masters, strict=True):
-                if p is not master and p.grad is not None:
+                if p.grad is not None:
                     grad = self.piece(p.grad, agent).float()
                     master.grad = grad if master.grad is None else master.grad.add_(grad)
-        if self.masters[self.agents[0]] is not self.trained:
-            self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def step(self, learners, cfg, training_step):
         """One optimizer step, with the gradient clipped to a norm -> {agent: the norm that it had}.
@@ -442,8 +445,8 @@ class Policy:
             norms[agent] = torch.nn.utils.clip_grad_norm_(masters, cfg.max_grad_norm).item()
             if not np.isfinite(norms[agent]):
                 raise FloatingPointError(f"the gradient norm of agent {agent} is {norms[agent]}")
-            # Adam's first steps move every weight by the whole learning rate, however small its gradient. And noise in
-            # the last gradients stays in the weights.
+            # --warmup: Adam's first steps move every weight by the whole learning rate, however small its gradient.
+            # --anneal: the noise of the last steps stays in the weights, so make these steps smaller.
             warm = min(1, (options["steps"] + 1) / (cfg.warmup + 1))
             options["lr"] = self.lr * warm * (1 - (training_step - 1) / cfg.steps if cfg.anneal else 1)
             options["steps"] += 1
@@ -455,15 +458,18 @@ class Policy:
     @torch.no_grad()
     def copy_masters(self):
         """Round the masters to the precision that the model computes in."""
+        if not self.has_copies:
+            return
         for agent, masters in self.masters.items():
             for p, master in zip(self.trained, masters, strict=True):
-                if p is not master:
-                    self.piece(p, agent).copy_(master)
+                self.piece(p, agent).copy_(master)
 
     def state(self):
         """What a checkpoint keeps: float32 weights, the optimizer's moments and steps."""
-        masters = {agent: [p.detach() for p in masters] for agent, masters in self.masters.items()}
-        return {"masters": masters, "optimizer": self.optimizer.state_dict()}
+        weights = {}
+        for agent, masters in self.masters.items():
+            weights[agent] = [master.detach() for master in masters]
+        return {"masters": weights, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state(self, state):
@@ -492,7 +498,7 @@ class Adapters:
 
     def __init__(self, model, agents, starts, cfg):
         self.rank = cfg.rank
-        self.num_agents = len(agents)
+        self.agents = agents
         self.layers = {}
         self.columns = None  # (tokens, N * r): 1 on the columns of each token's agent, else 0; None: the bare model
         model.requires_grad_(False)
@@ -504,8 +510,8 @@ class Adapters:
                 # its own, however many agents there are.
                 draws = []
                 for agent in agents:
-                    stream = np.random.default_rng((cfg.seed, agent, len(self.layers)))
-                    draws.append(stream.standard_normal((cfg.rank, inputs), np.float32))
+                    rng = np.random.default_rng((cfg.seed, agent, len(self.layers)))
+                    draws.append(rng.standard_normal((cfg.rank, inputs), np.float32))
                 down = torch.from_numpy(np.stack(draws)) / inputs**0.5
                 layer.down = torch.nn.Parameter(down.to(model.device))  # (N, r, in): A
                 layer.up = torch.nn.Parameter(torch.zeros(len(agents), cfg.rank, outputs, device=model.device))  # B^T
@@ -519,7 +525,7 @@ class Adapters:
         """From now on, the t-th token of the model's input belongs to the agent in place agents[t]; None: to nobody."""
         self.columns = None
         if agents is not None:
-            columns = F.one_hot(agents, self.num_agents).repeat_interleave(self.rank, 1)
+            columns = F.one_hot(agents, len(self.agents)).repeat_interleave(self.rank, 1)
             self.columns = columns.to(next(iter(self.layers.values())).down.dtype)
 
     def add_update(self, layer, inputs, out):
@@ -563,9 +569,8 @@ class Adapters:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         missing = [name for name, own in self.tensors(i).items() if shapes.get(name) != own.shape]
         if missing:
-            raise UserError(
-                f"the adapter of agent {i} lacks {len(missing)} tensors of this model, such as {missing[0]}"
-            )
+            lacking = f"lacks {len(missing)} tensors of this model, such as {missing[0]}"
+            raise UserError(f"the adapter of agent {self.agents[i]} {lacking}")
         for name, layer in self.layers.items():
             layer.down[i].copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             layer.up[i].copy_(tensors[f"base_model.model.{name}.lora_B.weight"].T)
@@ -637,8 +642,8 @@ def new_group(policy, task, agent, node, cfg, step):
     if prompt is None:
         return None
     turn = len(node.history)
-    # These six integers seed the group's random numbers. So they do not depend on how the work is divided among
-    # processes and batches, and an item that comes twice in a step gets different answers.
+    # These six integers seed the group's random numbers. None of them says which process or batch draws the numbers, so
+    # a run stays the same however its work is divided. The slot gives an item that comes twice in a step other answers.
     stream = (cfg.seed, step, turn, agent, node.slot, node.branch)
     return Group(agent, node.slot, turn, prompt, stream, dropped)
 
@@ -684,12 +689,13 @@ def checked_prompts(task, item, history):
 class Prompts:
     """B prompts as a tensor, padded on the right: causal attention never reaches the padding.
 
-    Each completion starts with a copy of the prompt's last token, so the logits of its column c predict its token c,
-    and the first token is no special case. In the shared prompt, that token is therefore hidden from completions.
+    The input of a completion is shifted by one: its column 0 is a copy of the prompt's last token, and its column c is
+    completion token c - 1. So the logits of column c predict token c, and the first token is no special case. The
+    original of the copy is hidden from completions, or they would see it twice.
     """
 
-    def __init__(self, prompts, group, device):
-        self.group = group
+    def __init__(self, prompts, copies, device):
+        """copies: completions of each prompt."""
         self.lengths = [len(prompt) for prompt in prompts]
         width = max(self.lengths)
         lengths = torch.tensor(self.lengths, device=device)[:, None]
@@ -697,8 +703,8 @@ class Prompts:
         self.places = torch.arange(width, device=device).expand_as(self.ids)  # (B, P) position of each token
         self.real = self.places < lengths  # (B, P) False on padding
         self.visible = self.places < lengths - 1  # (B, P) where completions look
-        self.opener = self.ids.gather(1, lengths - 1).repeat_interleave(group, 0)  # (BG, 1) ids
-        self.opener_place = (lengths - 1).repeat_interleave(group, 0)  # (BG, 1)
+        self.opener = self.ids.gather(1, lengths - 1).repeat_interleave(copies, 0)  # (BG, 1) ids
+        self.opener_place = (lengths - 1).repeat_interleave(copies, 0)  # (BG, 1)
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, *, group_attend, **kwargs):
@@ -707,7 +713,7 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, *, 
     transformers forwards unknown keyword arguments, such as group_attend, from the call of the model to this function.
     There are three functions: GroupCache.read_prompts, GroupCache.attend_next and MicroBatch.attend_all. Each takes the
     layer's number, query (rows, heads, T, D), key and value (rows, Hkv, T, D), and a scale, and returns
-    (rows, T, heads, D).
+    (rows, T, heads, D). attention_mask is None: transformers makes none for an attention that it does not know.
     """
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
@@ -740,7 +746,7 @@ class GroupCache:
         self.own = {}
         self.hidden = F.pad(~prompts.visible, (0, max_new_tokens), value=True)
         self.column = torch.full((1,), -1, device=prompts.ids.device)
-        self.width = min(256, max_new_tokens)
+        self.width = min(256, max_new_tokens)  # it doubles when it is full (see sample): most answers are short
 
     def next_column(self):
         """Move on to the next column of the completions, and make it visible to attention."""
@@ -819,9 +825,6 @@ class MicroBatch:
         own = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(BG, C, C)
         self.looks = torch.cat([prompt, own], 2)[:, None]
 
-    def __str__(self):
-        return ", ".join(f"agent {group.agent} on item {group.slot} of the step" for group in self.groups)
-
     def attend_all(self, layer, query, key, value, scale):
         """Attention of whole rows: the prompt to itself, and every completion to the prompt and itself."""
         (B, P), (BG, C) = self.prompts.ids.shape, self.tokens.shape
@@ -875,9 +878,9 @@ def use_group_attention(policy):
             raise
         raise UserError(f"group attention does not work with {type(model).__name__}: {first_line(error)}") from error
     expected *= batch.mask
-    error = ((found - expected).norm(dim=(1, 2)) / expected.norm()).max()
-    if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):  # `not <` also refuses NaN
-        raise UserError(f"group attention does not reproduce {type(model).__name__} (relative error {error:.1g})")
+    off = ((found - expected).norm(dim=(1, 2)) / expected.norm()).max()
+    if not off < (1e-3 if model.dtype == torch.float32 else 5e-2):  # `not <` also refuses NaN
+        raise UserError(f"group attention does not reproduce {type(model).__name__} (relative error {off:.1g})")
 
 
 # ---------------------------------------------------------------- sampling and scoring
@@ -885,7 +888,7 @@ def use_group_attention(policy):
 def sample(policy, groups, cfg):
     """Draw cfg.group completions of each group's prompt, all side by side, and fill the groups in.
 
-    A completion depends on the prompt and the stream of its group alone, not on its batch mates.
+    A completion depends on the prompt and the stream of its group, not on its batch mates, up to rounding.
     """
     model = policy.model
     device = model.device
@@ -948,7 +951,7 @@ def fill_in(groups, tokens, mask, logp, ended):
         group.mask = mask[rows, columns]
         group.logp = logp[rows, columns]
         group.ended = ended[rows, 0]
-        group.advantage = torch.zeros(size)  # no credit yet
+        group.advantage = torch.zeros(size)  # no credit yet; the scorer asks for it, also in use_group_attention
         group.weight = torch.zeros_like(group.logp)
 
 
@@ -1033,11 +1036,13 @@ class World:
 
     Layout "together": every process holds all agents. "apart": each agent lives on processes of its own, as in the
     paper's decentralised execution. Processes with the same agents and different items are replicas: they sum
-    gradients. Processes with the same items and different agents are peers: they exchange texts, rewards and advice,
-    and no other data of an agent.
+    gradients. Processes with the same items and different agents are peers: they exchange texts, rewards and advice.
+    Beyond that, only metrics and the checks of a run cross.
     """
 
-    rank = peer = replica = 0
+    rank = 0  # the number of this process
+    peer = 0  # with layout apart, the number of its agent
+    replica = 0  # which share of the items it has
     size = num_peers = num_replicas = 1
     replicas = peers = None  # process groups
     may_stop = False  # True while sampling: an interrupt may drop the rollout
@@ -1071,7 +1076,7 @@ class World:
                 node.texts.update(theirs)
 
     def exchange(self, value):
-        """The values of all peers, in the order of their agents: all that crosses between agents that live apart."""
+        """The values of all peers, in the order of their agents."""
         return self.gather(value, self.peers)
 
     def sum(self, tensor):
@@ -1201,13 +1206,16 @@ def checked_rewards(task, jobs):
     kind = type(task).__name__
     if len(rewards) != len(jobs):
         raise UserError(f"the task {kind} has {len(rewards)} rewards for {len(jobs)} joint actions")
-    for i, reward in enumerate(rewards):
-        if isinstance(reward, dict):  # numpy's and torch's scalars become Python's
-            rewards[i] = {name: value.item() if hasattr(value, "item") else value for name, value in reward.items()}
-        total = rewards[i].get("total") if isinstance(reward, dict) else None
+    checked = []
+    for reward in rewards:
+        parts = {}
+        for name, value in reward.items() if isinstance(reward, dict) else []:
+            parts[name] = value.item() if hasattr(value, "item") else value  # scalars of numpy and torch
+        total = parts.get("total")
         if not isinstance(total, (int, float)) or not np.isfinite(total):
             raise UserError(f'a reward of the task {kind} is {reward!r}, not a dict with a finite number as "total"')
-    return rewards
+        checked.append(parts)
+    return checked
 
 
 def ask_expert(task, nodes, cfg, step):
@@ -1215,6 +1223,8 @@ def ask_expert(task, nodes, cfg, step):
     if not task.expert or step < cfg.guided_from:
         return
     # When agents live apart, only the first one's process asks, so all go on with the same advice.
-    advice = task.advise([(node.item, node.history) for node in nodes]) if world.peer == 0 else None
+    advice = None
+    if world.peer == 0:
+        advice = task.advise([(node.item, node.history) for node in nodes])
     for node, texts in zip(nodes, world.exchange(advice)[0], strict=True):
         node.history[-1]["advice"] = texts

@@ -177,11 +177,16 @@ class Task:
         """
         if self.protocol != "sequential":
             return self.reward_all(jobs)
-        jobs = [(item, history, standing_answers(history, texts)) for item, history, texts in jobs]
-        # Those that are complete are judged at once. The rewards then go back to their places.
-        complete = [job for job in jobs if None not in job[2]]
-        judged = iter(self.reward_all(complete))
-        return [{"total": 0.0} if None in texts else next(judged) for _, _, texts in jobs]
+        rewards = [{"total": 0.0} for _ in jobs]
+        complete = {}  # where in `rewards` -> the job, with the answers of all
+        for i, (item, history, texts) in enumerate(jobs):
+            standing = standing_answers(history, texts)
+            if None not in standing:
+                complete[i] = (item, history, standing)
+        judged = self.reward_all(list(complete.values()))  # at once: it may judge in parallel
+        for i, reward in zip(complete, judged, strict=True):
+            rewards[i] = reward
+        return rewards
 
     def reward_all(self, jobs):
         """The reward of each (item, history, texts); a task may judge them in parallel."""
@@ -394,7 +399,8 @@ class Coding(Task):
         if self.feedback == "passed":
             return "It passed." if all(levels.values()) else "It did not pass."
         if self.feedback == "level_passed":
-            return ", ".join(f"{name} {'passed' if passed else 'failed'}" for name, passed in levels.items()) + "."
+            results = [name + (" passed" if passed else " failed") for name, passed in levels.items()]
+            return ", ".join(results) + "."
         entry = item["entry_point"]
         names = [*self.helpers, entry]
         own = names if self.num_agents == 1 else [names[agent]]

@@ -143,76 +143,88 @@ def set_up_task(config):
     return task
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. A checkpoint holds this beside the weights."""
+
+    fingerprint: str  # of what may not change when the run goes on
+    step: int = 0  # the last one that is finished
+    evaluated: int = -1  # the step of the last evaluation
+    before: tuple = None  # metrics and an episode of the untrained agents
+
+
 def train(config, task, policies):
     """Evaluate, train, evaluate; then save the agents and print the table. An interrupt saves a checkpoint instead."""
     start = time.perf_counter()
     caught = catch_signals()
     folder = Path(config.out)
-    mark = fingerprint(task, policies)
-    checkpoint = load_checkpoint(config, policies, mark) if config.resume else {}
-    step = checkpoint.get("step", 0)  # the last one that is finished
-    evaluated = checkpoint.get("evaluated", -1)  # the step of the last evaluation
-    before = checkpoint.get("before")  # the evaluation of the untrained agents
-    after = None  # that of the trained ones
-    saved = checkpoint.get("step")  # the step of the newest checkpoint
+    progress = Progress(fingerprint(task, policies))
+    if config.resume:
+        load_checkpoint(config, policies, progress)
+    after = None  # metrics and an episode of the trained agents
+    saved_step = progress.step if progress.before else None  # of the newest checkpoint
     saved_at = time.monotonic()
     log = None
     if world.rank == 0:  # only after all checks: a refused --resume changes no file
         if config.resume:
-            print(f"resuming {folder} after step {step}", flush=True)
-        log = Log(config, step if checkpoint else -1, evaluated)
+            print(f"resuming {folder} after step {progress.step}", flush=True)
+        log = Log(config, progress)
     try:
-        with tqdm(initial=step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
+        with tqdm(initial=progress.step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
             # All processes have to stop at the same step, or some would wait for the others for ever.
             while not any(world.gather(bool(caught))):
-                if evaluation_due(config, step, evaluated):
-                    evaluation = evaluate_task(config, task, policies, log, step)
-                    evaluated = step
-                    before = before or evaluation
+                step = progress.step
+                if evaluation_due(config, step, progress.evaluated):
+                    # The last step may have been evaluated already. The log has that, but the table needs the result.
+                    new = step > progress.evaluated
+                    evaluation = evaluate_task(config, task, policies, log if new else None, step)
+                    progress.evaluated = step
+                    progress.before = progress.before or evaluation
                     bar.unpause()  # it shows the speed of training alone
                 if step == config.steps:
                     after = evaluation
                     break
                 one_step(config, task, policies, step + 1, log, bar)
-                step += 1
+                progress.step += 1
                 if log and bar.n == bar.initial + 1:  # the first step of this process
-                    say_how_long(config, task, bar, before[0])
-                due = time.monotonic() - saved_at > 600
+                    say_how_long(config, task, bar, progress.before[0])
+                # Saved before it is evaluated: a kill in a long evaluation loses no training.
                 if config.save_every:
-                    due = step % config.save_every == 0
-                if world.gather(due)[0]:
-                    progress = {"fingerprint": mark, "before": before, "evaluated": evaluated}
-                    saved = save_checkpoint(config, step, policies, progress)
+                    due = progress.step % config.save_every == 0
+                else:
+                    due = time.monotonic() - saved_at > 600
+                if world.gather(due)[0]:  # the clock of process 0 decides for all
+                    save_checkpoint(config, policies, progress)
+                    saved_step = progress.step
                     saved_at = time.monotonic()
     except KeyboardInterrupt:  # from catch_signals, with nothing half done
         pass
-    if before and not after and saved != step:
-        progress = {"fingerprint": mark, "before": before, "evaluated": evaluated}
-        save_checkpoint(config, step, policies, progress)
-    world.barrier()
+    if progress.before and not after and saved_step != progress.step:
+        save_checkpoint(config, policies, progress)
+    world.barrier()  # no process may leave while another one still saves
     if world.size > 1:
         dist.destroy_process_group()  # in a process group, transformers would save nothing but process 0's agents
     if after:
-        finish(config, task, policies, log, before, after)
+        finish(config, task, policies, log, progress.before, after)
     if log:
         done = f"everything is in {folder}/, the curve in {folder}/curve.png"
-        stopped = f"interrupted after step {step}; continue with: train.py --resume {folder}"
+        stopped = f"interrupted after step {progress.step}; continue with: train.py --resume {folder}"
         print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
 
 
 def evaluation_due(config, step, evaluated):
     """Whether to evaluate after a step, 0 for the untrained agents. evaluated: the step of the last evaluation."""
     if step == config.steps:
-        return True
+        return True  # always: no checkpoint holds the result of the last evaluation
     regular = step == 0 or (config.eval_every > 0 and step % config.eval_every == 0)
-    return regular and step > evaluated  # else a run goes on that was evaluated before it was interrupted
+    return regular and step > evaluated  # a run that goes on may have been evaluated at this step before
 
 
 def say_how_long(config, task, bar, evaluation):
     """Print how long the run will take, judged by its first step and the metrics of its first evaluation."""
-    steps = config.steps - bar.n
-    evaluations = 1 + steps // (config.eval_every or config.steps)
-    seconds = steps * bar.format_dict["elapsed"] + evaluations * rollouts_of_evaluation(task) * evaluation["rollout_s"]
+    evaluations = sum(evaluation_due(config, step, step - 1) for step in range(bar.n, config.steps + 1))
+    one_evaluation = rollouts_of_evaluation(task) * evaluation["rollout_s"]
+    seconds = (config.steps - bar.n) * bar.format_dict["elapsed"] + evaluations * one_evaluation
     bar.write(f"about {seconds / 60:.1f} minutes to go, {evaluations} evaluation(s) included")
 
 
@@ -289,6 +301,7 @@ def finish(config, task, policies, log, before, after):
             except Exception as error:  # the others, the curve and the table must not be lost
                 failed = error
     if log:
+        # Its own prompts are those of the last turn, which repeat the answers. Show the first ones, once for both.
         first = before[1] | {"prompts": task.prompts(task.eval_items[0], [])}
         print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
         print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
@@ -317,7 +330,7 @@ def ask(config, task, policies):
     wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
     with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
         if text == "-":
-            text = sys.stdin.read()
+            text = world.gather(sys.stdin.read() if world.rank == 0 else None)[0]
         elif os.path.isfile(text):
             text = Path(text).read_text(encoding="utf-8")
         row = {names[0]: text} if len(names) == 1 else dict(json.loads(text))
@@ -406,6 +419,7 @@ def config_of(given):
     if options["protocol"] != "parallel" and "turns" not in task.defaults | given:
         options["turns"] = options["num_agents"] if options["protocol"] == "sequential" else 2
     tuned = task.tuned | task.defaults | given
+    # Tuned options were found for the default model, one turn and these weights. Elsewhere they would mislead.
     as_tuned = options["model"] == Config.model and not options["agents"] and options["turns"] == 1
     if as_tuned and tuned.get("weights") == task.tuned.get("weights"):
         options |= tuned
@@ -502,6 +516,7 @@ def check_config(config):
     frozen = set(filter(None, config.frozen.split(",")))
     if frozen and not frozen < set(map(str, range(config.num_agents))):
         raise UserError(f"--frozen {config.frozen} must name some agents, not all, such as 1 or 0,2")
+    template_options(config)
     if config.weights != "separate" and "," in config.model:
         raise UserError(f"--weights {config.weights} means one model; --model names several")
     if config.weights == "shared" and config.frozen:
@@ -620,7 +635,7 @@ def trained_agents(config):
     folder = Path(config.agents)
     found = len(list(folder.glob("agent_*[0-9]")))
     if checkpoints := checkpoints_in(folder) if found == 0 else []:
-        done = int(checkpoints[-1].name.removeprefix("step_"))
+        done = max(int(checkpoints[-1].name.removeprefix("step_")), 1)
         raise UserError(f"--agents {folder} was interrupted: end it with --resume {folder} --steps {done}, or go on")
     if found != config.num_agents:
         raise UserError(f"--agents {folder} has {found} agents, and --num-agents is {config.num_agents}")
@@ -640,12 +655,12 @@ def load_adapters(config, agents):
         for agent in agents:
             folder = Path(agent) / "adapter"
             saved = json.loads((folder / "adapter_config.json").read_bytes())
-            if not isinstance(saved["base_model_name_or_path"], str):
+            model = saved["base_model_name_or_path"]
+            if not isinstance(model, str):
                 raise ValueError("base_model_name_or_path names no model")
-            kinds.add((saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]))
+            kinds.add((model, saved["r"], saved["lora_alpha"]))
             starts.append(load_file(folder / "adapter_model.safetensors"))
-    (model, *shape), *others = kinds
-    if others or shape != [config.rank, alpha]:
+    if kinds != {(model, config.rank, alpha)}:
         found = "; ".join(f"{name}, rank {rank}, lora_alpha {scale}" for name, rank, scale in sorted(kinds))
         wanted = f"one model, --rank {config.rank} and lora_alpha {alpha}"
         raise UserError(f"--agents {config.agents} has adapters of {found}, not of {wanted}")
@@ -662,6 +677,7 @@ def check_reward(task):
     item = task.train_items[0]
     with refusing(f"the task {name} fails on its first item"):
         prompts = task.prompts(item, [])
+        # In a sequence, those that are silent now will have answered before the reward is computed.
         texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
         reward = magrpo.checked_rewards(task, [(item, [], texts)])[0]
     numbers = [part for part, value in reward.items() if isinstance(value, (int, float))]
@@ -712,9 +728,9 @@ def check_prompts(config, task, policies):
 
 
 # ---------------------------------------------------------------- checkpoints
-def save_checkpoint(config, step, policies, extra):
-    """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest. Returns the step."""
-    place = Path(config.out) / "checkpoints" / f"step_{step:07d}"
+def save_checkpoint(config, policies, progress):
+    """Write checkpoints/step_N, which is there only when it is whole, and delete the oldest."""
+    place = Path(config.out) / "checkpoints" / f"step_{progress.step:07d}"
     for killed in place.parent.glob("*.partial"):
         # Other processes may be writing to a folder of this name already.
         if world.rank == 0 and killed.name != f"{place.name}.partial":
@@ -723,44 +739,36 @@ def save_checkpoint(config, step, policies, extra):
         partial.mkdir(parents=True, exist_ok=True)
         for policy in policies:
             if world.replica == 0:
-                torch.save(policy.state() | extra | {"step": step}, partial / f"agent_{policy.agents[0]}.pt")
+                torch.save(policy.state() | vars(progress), partial / f"agent_{policy.agents[0]}.pt")
         world.barrier()
     if world.rank == 0:
         for old in checkpoints_in(config.out)[: -config.keep]:
             shutil.rmtree(old)
-    return step
 
 
-def load_checkpoint(config, policies, expected):
-    """Restore the newest checkpoint, whose fingerprint must be the expected one. Returns what it holds, or {}."""
+def load_checkpoint(config, policies, progress):
+    """Restore the policies and the progress from the newest checkpoint, if there is one, of the same fingerprint."""
     folder = Path(config.out)
-    if not checkpoints_in(folder):
-        if len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
-            said = f"it has ended without a checkpoint; --agents {folder} starts a new run from it"
-            raise UserError(f"--resume {folder}: {said}")
-        return {}
-    for policy in policies:
-        state = read_checkpoint(folder, policy)
-        if state["fingerprint"] != expected:
+    checkpoints = checkpoints_in(folder)
+    if not checkpoints and len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
+        said = f"it has ended without a checkpoint; --agents {folder} starts a new run from it"
+        raise UserError(f"--resume {folder}: {said}")
+    for policy in policies if checkpoints else []:
+        file = checkpoints[-1] / f"agent_{policy.agents[0]}.pt"
+        with refusing(f"{file} cannot be read (to use the one before, delete {checkpoints[-1]})"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            missing = {"masters", "optimizer", *vars(progress)} - set(state)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if state["fingerprint"] != progress.fingerprint:
             changed = "data, prompts or tokenizer have changed, or the frozen model"
             raise UserError(f"--resume {folder} would not continue the same run: {changed}")
         if state["step"] > config.steps:
             raise UserError(f"--resume {folder}: step {state['step']} is done, --steps {config.steps} would go back")
         with refusing(f"--resume {folder}: the checkpoint is not of this model"):
             policy.load_state(state)
-    return state
-
-
-def read_checkpoint(folder, policy):
-    """What the newest checkpoint of a run holds for a policy."""
-    newest = checkpoints_in(folder)[-1]
-    file = newest / f"agent_{policy.agents[0]}.pt"
-    with refusing(f"{file} cannot be read (to use the one before, delete {newest})"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"masters", "optimizer", "fingerprint", "step", "evaluated", "before"} - set(state)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return state
+        for name in vars(progress):
+            setattr(progress, name, state[name])
 
 
 def checkpoints_in(folder):
@@ -774,7 +782,8 @@ def fingerprint(task, policies):
     mine = {}
     for policy in policies:
         for agent in policy.agents:
-            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids, frozen_weights(policy)]
+            frozen = frozen_weights(policy.reference or policy)  # the reference of --kl is in no checkpoint
+            mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids, frozen]
     tokens = {}
     for theirs in world.exchange(mine):
         tokens |= theirs
@@ -821,10 +830,11 @@ def replacing(path, last=True):
 # ---------------------------------------------------------------- what a run writes and prints
 def run_folder(config):
     """Make the folder of the run. An earlier run is never overwritten."""
+    name = config.task.rpartition(":")[2].lower()
     for n in itertools.count(1):
-        name = config.task.rpartition(":")[2].lower()
         folder = Path(config.out or f"runs/{name}" + (f"-{n}" if n > 1 else ""))
         try:
+            # A default name must be new. A folder that the user names may exist, if it is empty.
             folder.mkdir(parents=True, exist_ok=bool(config.out))
         except OSError as error:
             if isinstance(error, FileExistsError) and not config.out and os.path.lexists(folder):
@@ -838,29 +848,24 @@ def run_folder(config):
 class Log:
     """config.json, metrics.jsonl and samples.jsonl of a run, and the optional logger. Only process 0 has one."""
 
-    def __init__(self, config, step, evaluated):
-        """Lines up to a step are kept, -1 for none, and evaluations up to the step `evaluated`."""
+    def __init__(self, config, progress):
+        """Drop from the logs what came after the checkpoint: those steps run again."""
         self.folder = Path(config.out)
         self.warned = set()
         self.send = lambda values, step: None
+        kept = {}  # path -> lines
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            if path.exists():
+                kept[path] = kept_lines(path, progress)
+        for path, lines in kept.items():  # only now: a damaged line changes no file
+            with replacing(path) as partial:
+                partial.write_bytes(b"".join(lines))
         with replacing(self.folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-        evaluated = min(evaluated, config.steps - 1)  # the run will evaluate its last step, again if need be
-        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            if path.exists():  # drop what came after the checkpoint: those steps run again
-                kept = []
-                for n, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                    with refusing(f"{path}, line {n} is damaged: delete it", (ValueError, KeyError, TypeError)):
-                        record = json.loads(line)
-                        last = evaluated if "eval/reward" in record else step
-                        if record["step"] <= last and "when" not in record:  # the run writes these again at its end
-                            kept.append(line)
-                with replacing(path) as partial:
-                    partial.write_bytes(b"".join(kept))
         if config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(self.folder, purge_step=step + 1)
+            board = SummaryWriter(self.folder, purge_step=progress.step + 1)
 
             def send(values, step):
                 for name, value in values.items():
@@ -894,6 +899,18 @@ class Log:
         if text not in self.warned:
             self.warned.add(text)
             tqdm.write(f"warning: {text}")
+
+
+def kept_lines(path, progress):
+    """The lines of a log that a run keeps when it goes on."""
+    kept = []
+    for n, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        with refusing(f"{path}, line {n} is damaged: delete it", (ValueError, KeyError, TypeError)):
+            record = json.loads(line)
+            last = progress.evaluated if "eval/reward" in record else progress.step
+            if record["step"] <= last and "when" not in record:  # the run writes these again at its end
+                kept.append(line)
+    return kept
 
 
 def read_lines(path):
@@ -931,7 +948,7 @@ def show_episode(episode, maxima):
     lines = []
     for agent, prompt in enumerate(episode["prompts"]):
         lines.append(f"--- prompt of agent {agent}\n{'(silent)' if prompt is None else prompt}")
-    turns = [*episode.get("earlier", []), episode]
+    turns = [*episode["earlier"], episode]
     for number, turn in enumerate(turns):
         where = f" in turn {number}" if len(turns) > 1 else ""
         for agent, text in enumerate(turn["texts"]):
@@ -954,10 +971,11 @@ def draw_curve(log, maxima):
         axes = figure.subplots()
         for i, (part, best) in enumerate(maxima.items()):
             name, width = ("reward", 2.5) if part == "total" else (f"reward/{part}", 1)
-            for key, style in {name: "-", f"eval/{name}": "o"}.items():
+            training = (name, "-", f"{name} (of {float(best)})")
+            held_out = (f"eval/{name}", "o", None)
+            for key, style, label in (training, held_out):
                 points = {line["step"]: line[key] for line in lines if key in line}
-                axes.plot(list(points), list(points.values()), f"C{i}{style}", linewidth=width)
-            axes.lines[-2].set_label(f"{name} (of {float(best)})")
+                axes.plot(list(points), list(points.values()), f"C{i}{style}", linewidth=width, label=label)
         axes.set(xlabel="step", ylabel="reward", title=f"{log.folder.name}: training (lines), held out (points)")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         with replacing(log.folder / "curve.png") as partial:
@@ -1087,11 +1105,10 @@ def explain(error):
         return f"out of memory; what helps: {helps}"
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or "gloo/transport" in str(error):
         return f"another process has gone, torchrun names it below ({first_line(error)})"
-    stopped = "the run has stopped; --resume goes on from its last checkpoint"
     if isinstance(error, FloatingPointError):
-        return f"{error}; {stopped}"
+        return f"{error}; start again with a lower --lr"  # --resume would come to the same numbers
     if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):  # the last: of torch.save
-        return f"cannot write or read: {first_line(error)}; {stopped}"
+        return f"cannot write or read: {first_line(error)}; --resume goes on from the last checkpoint"
     return None
 
 
