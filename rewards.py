@@ -50,17 +50,17 @@ def tldr_reward(first: str, second: str) -> dict:
     Parts: structure (both have 8–256 words), length (ratio of characters), vocabulary (ratio of distinct words, which
     has no upper end here), consistency (overlap of the two word sets), coherence (kinds of connectives in `second`).
     """
-    ratios = {"length": (1.1, 1.6, 3.2, 5.0), "vocabulary": (1.3, 2.0, 1e9, 2e9)}
-    return _writing_reward(first, second, linked=second, num_words=(8, 256), overlap=0.03, **ratios)
+    levels = {"num_words": (8, 256), "length": (1.1, 1.6, 3.2, 5.0), "vocabulary": (1.3, 2.0, 1e9, 2e9)}
+    return _writing_reward(first, second, linked=second, overlap=0.03, **levels)
 
 
 def arxiv_reward(first: str, second: str) -> dict:
-    """Reward of two halves of an introduction, at most 3 (the paper's arXiv).
+    """Reward of two halves of an introduction, of 3 (the paper's arXiv); at most 2.98, as for `tldr_reward`.
 
-    Parts as in `tldr_reward`; both have 128–256 words, and connectives count in both.
+    Parts as there; both have 128–256 words, and connectives count in both.
     """
-    ratios = {"length": (0.8, 1.3, 1.6, 2.0), "vocabulary": (0.5, 0.7, 1.3, 1.7)}
-    return _writing_reward(first, second, linked=f"{first}\n{second}", num_words=(128, 256), overlap=0.23, **ratios)
+    levels = {"num_words": (128, 256), "length": (0.8, 1.3, 1.6, 2.0), "vocabulary": (0.5, 0.7, 1.3, 1.7)}
+    return _writing_reward(first, second, linked=f"{first}\n{second}", overlap=0.23, **levels)
 
 
 def _writing_reward(first, second, linked, num_words, length, vocabulary, overlap) -> dict:
@@ -72,6 +72,7 @@ def _writing_reward(first, second, linked, num_words, length, vocabulary, overla
     least, most = num_words
     parts = dict.fromkeys(TLDR_MAX, 0.0)
     words = [set(re.findall(r"\w+", text.lower())) for text in (first, second)]
+    # A line of punctuation has words for split(), and none for the pattern.
     if words[0] and all(least <= len(text.split()) <= most for text in (first, second)):
         parts["structure"] = 0.5
         longer = _trapezoid(len(second) / len(first), *length)
@@ -83,7 +84,7 @@ def _writing_reward(first, second, linked, num_words, length, vocabulary, overla
             parts["vocabulary"] = 0.5 * richer
             parts["consistency"] = 0.6 * min(jaccard, overlap) / overlap
             parts["coherence"] = 0.4 * _transitions(linked)
-    parts["total"] = sum(parts.values())
+    parts["total"] = sum(parts.values())  # itself still 0 here
     return parts
 
 
@@ -103,7 +104,7 @@ def _transitions(text: str) -> float:
     for phrases in CONNECTIVES.values():
         pattern = phrases.replace(", ", "|").replace(".", r"\.").replace(" ", r"\s+")
         categories += re.search(rf"\b(?:{pattern})\b", text.lower()) is not None
-    return min(1.0, 0.4 + 0.05 * (categories - 1)) if categories else 0.0
+    return 0.4 + 0.05 * (categories - 1) if categories else 0.0
 
 
 # ---- Code ------------------------------------------------------------------------------------------------------------
@@ -157,8 +158,11 @@ def code_reward(aux: str | list[str], main: str, item: dict) -> dict:
     names = helper_names(len(answers))
     parameters = parameters_of(item)
     heads = [f"def {name}({parameters}):" for name in names]
+    if not answers and body_of(main):  # a single agent, whose prompt ends in the first line of aux, goes on there
+        main = f"{heads[0]}\n{main}"
     helpers = list(map(extract_code, answers, heads))
     entry = extract_code(main, f"def {item['entry_point']}({parameters}):")
+    # A single agent's helper is in its one answer.
     defined = [_defines(name, text) for name, text in zip(names, helpers or [entry], strict=True)]
     detail = {"helpers": defined, "entry": _defines(item["entry_point"], entry)}
     detail |= {"error": None, "uses": 0.0, "wrapper": False, "discards": False, "outcomes": []}
@@ -239,7 +243,7 @@ def body_of(text: str) -> str:
     """The indented code that an answer begins with, up to the first line that is not indented; "" if it does not."""
     text = re.sub(r"\A\s*\n", "", text)  # empty lines
     first = text.partition("\n")[0].lstrip()
-    whole = re.match(r"(async|def|class|@)", first)  # not a body, but a function that is indented as a whole
+    whole = re.match(r"(async|def|class)\b|@", first)  # not a body, but a function that is indented as a whole
     if not text.startswith((" ", "\t")) or not MORE.match(first) or whole or "```" in text or "~~~" in text:
         return ""
     return "\n".join(takewhile(lambda line: not line.strip() or line[0] in " \t", text.split("\n")))

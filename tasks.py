@@ -79,7 +79,8 @@ class Task:
         self.expert = options.get("expert")
         items = list(self.load(data))
         if len(items) < 2:
-            raise UserError(f"--data {data} has {len(items)} items; at least 2 are needed, one of them held out")
+            where = f"--data {data}" if data else "this task"
+            raise UserError(f"{where} has {len(items)} items; at least 2 are needed, one of them held out")
         held_out = max(min(self.held_out, len(items) // 4), 1)
         self.train_items, self.eval_items = items[:-held_out], items[-held_out:]
 
@@ -213,7 +214,7 @@ class Schelling(Task):
 
     0.2 is paid in proportion to the agents that name a word which all have read, and 0.8 more if it is the same one. So
     form alone earns 20 % of the reward, and the rest has to be agreed on. With `views` "halves", each agent reads
-    another two thirds of the text.
+    a different two thirds of the text.
     """
 
     default_data, fields = "posts.jsonl", ("prompt",)
@@ -261,14 +262,14 @@ class TwoParts(Task):
 
     agents_allowed = range(1, 3)
     maxima = TLDR_MAX
-    parts = ()  # two instructions, which follow the text: small models obey what they read last
+    roles = ()  # two instructions, which follow the text: small models obey what they read last
     scores = None  # the reward function of the two
 
     def first_prompts(self, item):
         text = item[self.fields[0].split("|")[0]].strip()
         if self.num_agents == 2:
-            return [f"{text}\n\n{part}" for part in self.parts]
-        first, second = self.parts
+            return [f"{text}\n\n{role}" for role in self.roles]
+        first, second = self.roles
         both = f"Write two paragraphs, with an empty line between them.\nFirst: {first}\nSecond: {second}"
         return [f"{text}\n\n{both}"]
 
@@ -292,7 +293,7 @@ class Writing(TwoParts):
     default_data, fields = "posts.jsonl", ("prompt",)
     tuned = {"weights": "adapters", "joint": "crossed", "anneal": True, "steps": 16, "micro_batch": 4}
     scores = staticmethod(tldr_reward)
-    parts = (
+    roles = (
         "In one short sentence, what is this post about?",
         "Summarize this post in detail: one paragraph of several sentences, with many different words, connected by "
         "transition words.",
@@ -306,7 +307,7 @@ class Arxiv(TwoParts):
     held_out = 16
     defaults = {"max_new_tokens": 256}
     scores = staticmethod(arxiv_reward)
-    parts = (
+    roles = (
         "Above is the abstract of a paper. Write the first part of its introduction, one long paragraph on background "
         "and motivation. A colleague writes about methodology and implications; do not repeat that.",
         "Above is the abstract of a paper. Write the second part of its introduction, one long paragraph on method and "
@@ -359,7 +360,7 @@ class Coding(Task):
         try:
             shared = [name for name, own in isolation().items() if not own]
         except RuntimeError as error:
-            raise UserError(f"code cannot be judged here: {str(error).strip().splitlines()[-1]}") from error
+            raise no_judge(error) from error
         return f"model-written code is not isolated from this machine's {', '.join(shared)}" if shared else ""
 
     def first_prompts(self, item):
@@ -456,7 +457,7 @@ def unsolvable(items, all_of_them):
     """Why problems cannot be solved, by where they come from.
 
     Where a problem brings a solution, it is judged: the test may need what the sandbox does not have. all_of_them:
-    judge every solution; else, of a large set, about 64, which takes seconds instead of minutes.
+    judge every solution; else, of a large set, 64 to 127, which takes seconds instead of minutes.
     """
     bad = {}
     judged = []
@@ -470,13 +471,18 @@ def unsolvable(items, all_of_them):
     try:
         verdicts = judge_many([("", f"{item['prompt']}\n{item['canonical_solution']}", item) for item in judged])
     except RuntimeError as error:
-        raise UserError(f"code cannot be judged here: {first_line(error)}") from error
+        raise no_judge(error) from error
     for item, reward in zip(judged, verdicts, strict=True):
         outcomes = {test["outcome"] for test in reward["detail"]["outcomes"]}
         failed = outcomes - {"passed", "time-out", "not run"}  # a machine may be too slow for a right solution
         if failed or not outcomes:
             bad[item.where] = f"its own solution does not pass: {', '.join(sorted(failed)) or 'nothing runs'}"
     return bad
+
+
+def no_judge(error):
+    """A sandbox that does not start, as an error for the user: the last line of its traceback says why."""
+    return UserError(f"code cannot be judged here: {str(error).strip().splitlines()[-1]}")
 
 
 def check_problem(item):
@@ -676,16 +682,16 @@ class Expert:
     def ask(self, question, num_agents, tries):
         """(advice, None), or (None, the type of the last error); never its text, which may quote the key."""
         form = "\n".join(f"Agent {n}: ..." for n in range(1, num_agents + 1))
-        task = (
+        instruction = (
             "Suggest to each agent a few short, concrete edits of its answer. The agents cannot see each other. Do not "
             f"write the whole answer. Reply in this form:\n{form}"
         )
-        messages = [{"role": "system", "content": task}, {"role": "user", "content": question}]
+        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
         for pause in range(tries):
             time.sleep(pause)  # a busy server gets more time before each new try
             try:
                 reply = self.client.chat_completion(messages, model=self.model, max_tokens=1000)
-                return self.read(reply.choices[0].message.content, num_agents), None
+                return self.read(reply.choices[0].message.content or "", num_agents), None
             except Exception as error:  # of the network, of the server, of what it wrote
                 status = getattr(getattr(error, "response", None), "status_code", "")
                 reason = f"{type(error).__name__} {status}".strip()

@@ -2805,6 +2805,34 @@ def test_a_test_that_catches_everything_does_not_pass_a_lost_guest():
         assert outcomes(result) == [outcome, "passed"]
 
 
+def test_a_call_that_fails_between_two_tests_fails_the_second_one():
+    """It saw the result of the call before, and passed."""
+    item = make_item(
+        "r = candidate(1)", "assert r == 1", "r = candidate(2)", "assert r == 1", "assert candidate(3) == 1"
+    )
+    result = rewards.code_reward(AUX, "def f(x):\n    if x == 2: raise ValueError('no')\n    return 1", item)
+    assert outcomes(result) == ["passed", "ValueError: no", "passed"]
+    item = make_item("return None", "if True: want = 2; assert True", "assert candidate(1) == want")
+    assert outcomes(rewards.code_reward(AUX, "def f(x):\n    return 2", item)) == ["passed"], "what is not a test runs"
+
+
+def test_a_test_may_be_asynchronous():
+    """The coroutine was a test that never passed, and its call was none."""
+    item = make_item("import asyncio", "async def t():\n    assert candidate(1) == 2", "asyncio.run(t())")
+    for value, outcome in ((2, "passed"), (3, "failed")):
+        assert outcomes(rewards.code_reward(AUX, f"def f(x):\n    return {value}", item)) == [outcome]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Fibonacci", "import nothing_of_that_name\nimport math", "from __future__ import x"]
+)
+def test_a_prompt_that_does_not_run_costs_no_answer(prompt):
+    """Prose may be Python ("sum and mean"), and an import that no answer uses may be missing."""
+    item = make_item("assert candidate(4) == 2", prompt=prompt)
+    main = "def f(x):\n    return math.isqrt(x)" if "math" in prompt else "def f(x):\n    return 2"
+    assert rewards.code_reward(AUX, main, item)["passed"] == 1.0
+
+
 def test_a_test_may_expect_an_exception_by_its_base_class():
     """The answer's own classes, and those of a library, do not exist for the tests; the built-in ones above them do."""
     expect = "ok = False\ntry:\n    candidate(0)\nexcept ValueError:\n    ok = True\nassert ok"
@@ -2934,6 +2962,11 @@ def test_a_body_is_the_function_that_the_prompt_began():
         assert rewards.code_reward(prose, prose, item)["total"] == 0.0, prose
     longer = "    import math\n    def g(y):\n        return y + 1\n    return g(x)\n\ndef unrelated():\n    return 0"
     assert rewards.code_reward("", longer, item)["passed"] == 1.0
+    named = "    default = 1\n    return x + default"
+    assert rewards.code_reward("", named, item)["passed"] == 1.0
+    helper = "    return x + 1"  # of a single agent, whose prompt ends in the first line of aux
+    assert rewards.code_reward([], f"{helper}\n\ndef f(x):\n    return int(aux(x))", item)["total"] == 4.0
+    assert rewards.code_reward([], helper, item)["total"] == 0.4
     indented = "  def f(x):\n      return x + 1"
     assert rewards.code_reward("", indented, item)["passed"] == 1.0
 

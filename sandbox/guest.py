@@ -84,7 +84,9 @@ def serve(line) -> None:
                 module = types.ModuleType("answer")
                 sys.modules["answer"] = module  # dataclasses look there
                 space = module.__dict__
-                for code in (preamble(job), *job["program"]):
+                with contextlib.suppress(Exception):  # of a prompt that is prose, for example: "Fibonacci" parses
+                    exec(preamble(job), space)
+                for code in job["program"]:
                     exec(code, space)
                 loaded = True
             if request == "look":
@@ -110,13 +112,14 @@ def preamble(job: dict):
             tree = ast.parse(text)
             kept = []
             for statement in tree.body:
-                if getattr(statement, "name", None) != job["entry_point"]:
-                    kept.append(statement)
-                    continue
+                is_entry = getattr(statement, "name", None) == job["entry_point"]
                 # Imports in the function count as given. A module that the sandbox lacks matters only if it is used.
-                for node in ast.walk(statement):
-                    if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for node in ast.walk(statement) if is_entry else [statement]:
+                    imports = isinstance(node, (ast.Import, ast.ImportFrom))
+                    if imports and getattr(node, "module", "") != "__future__":
                         kept += ast.parse(f"try:\n    {ast.unparse(node)}\nexcept ImportError:\n    pass").body
+                    elif not is_entry:
+                        kept.append(node)
             tree.body = kept
             return compile(tree, "prompt", "exec")
 

@@ -10,8 +10,9 @@ answer does in its own process (objects equal to everything, patched built-ins, 
 only ever *return a value*.
 
 Covered where `isolation()` is all True (Linux as root, or where user namespaces are allowed): an answer sees no process
-but its judge, no network, and no file but an empty folder in memory; it imports from MODULES only. It is an ordinary
-user without capabilities and cannot fork. CPU, time, memory and files are bounded. Everything it leaves is deleted.
+but its judge, no network, and no file but an empty folder in memory. It imports from MODULES, and what the judge has
+loaded anyway, such as os and socket. It is an ordinary user without capabilities and cannot fork. CPU, time, memory and
+files are bounded. Everything it leaves is deleted.
 Not covered: holes in the kernel, its keyrings, a virtual machine's sockets to its host, time as a side channel, tests
 that are themselves malicious. Elsewhere (macOS, many containers) processes, limits and kills remain, but an answer may
 open sockets, fill System V memory and signal other answers; and where the trainer is not root, it may also read its
@@ -37,6 +38,7 @@ CPU_SECONDS = 15  # of each process
 JOB_SECONDS = 30  # wall time of the judge; tests after that do not pass
 GUESTS = 3  # a time-out or a crash costs a guest; with the last one the tests end
 MEMORY = 768 << 20  # bytes of address space of each process
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmath collections contextlib copy csv
     dataclasses datetime decimal difflib enum fractions functools graphlib hashlib heapq html itertools json math
     numbers operator pprint queue random re secrets statistics string struct textwrap time types typing unicodedata
@@ -44,7 +46,7 @@ MODULES = """__future__ _strptime abc array base64 binascii bisect calendar cmat
 
 
 def isolation() -> dict[str, bool]:
-    """Which of "processes", "network" and "files" are isolated here, found by starting a sandbox."""
+    """Which of "processes", "network" and "files" are isolated here. Starts a sandbox; RuntimeError if it fails."""
     return run_sandbox({"prompt": "", "entry_point": "", "test": "", "names": [], "program": [""]})["isolation"]
 
 
@@ -95,13 +97,15 @@ def run_sandbox(job: dict) -> dict:
         # Not rmtree, which a deep enough tree makes raise. Where no mount hides the folder, an answer may lock it.
         wipe = 'rm -rf "$0" || { chmod -R u+rwX "$0"; rm -rf "$0"; }'
         subprocess.run(["sh", "-c", wipe, folder], stderr=subprocess.DEVNULL)
+    # A judge that was killed may leave half a line.
     rows = [json.loads(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
     if not rows:
         raise RuntimeError("the sandbox did not start: " + err.decode(errors="replace")[-2000:])
     guests = rows[0].pop("guests")
-    for pid in guests if judge.returncode else ():  # the judge did not live to do it
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    if judge.returncode:  # it did not live to end its guests
+        for pid in guests:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     detail = {"error": "the parser gave up", "outcomes": []}
     told = []
     for row in rows:
@@ -120,12 +124,14 @@ class Candidate:
 
     def __init__(self, guests: list):
         self.guests = guests
+        self.called = False  # whether this test has called the answer
         self.lost = ""  # how the guest of this test was lost
         self.armed = False  # whether the alarm may end a test
         self.owing = False  # whether a guest has not replied yet
         self.start_clock(0.0)
 
     def __call__(self, *args, **kwargs):
+        self.called = True
         return self.ask(guest.encode((args, kwargs)))
 
     def ask(self, what):
@@ -159,7 +165,7 @@ class Candidate:
         os.kill(self.guests.pop(0).pid, signal.SIGKILL)
 
     def cpu_seconds(self) -> float:
-        """CPU time of the judge and of the guest that is asked. So a busy machine costs an answer nothing."""
+        """CPU time of the judge and of the guest that is asked. So a busy machine costs an answer little."""
         clock = (~self.guests[0].pid << 3) | 2 if self.guests else None  # Linux's number for the clock of a process
         with contextlib.suppress(OSError, AttributeError):
             return time.process_time() + (time.clock_gettime(clock) if clock else 0.0)
@@ -181,6 +187,7 @@ class Candidate:
 
     def timed(self, action, *args) -> str:
         """The outcome of an action within the time of a test; a time-out or a death costs the guest."""
+        self.called = False
         self.lost = ""
         outcome = "passed"
         if not self.guests:
@@ -219,7 +226,7 @@ def main(isolated: bool, root: bool, modules: list[str]) -> None:
     """What the bare Python runs: fork the guests, then read the job; report in lines of JSON."""
     os.environ.clear()
     sys.set_int_max_str_digits(50_000)  # numbers cross in decimal; more digits would be slow, deep in C
-    guest.linux("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the judge ends with the trainer
+    guest.linux("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     # Guests cannot read files. Names that are not ASCII need unicodedata, long numbers need _pylong.
     always = ["unicodedata"] if sys.version_info < (3, 12) else ["unicodedata", "_pylong"]
     for name in always + modules:
@@ -283,13 +290,15 @@ def run_tests(job: dict, guests: list, tell) -> None:
     # Tests may use imports and helpers of the prompt. Where these fail, so do the tests that need them.
     candidate.timed(exec, guest.preamble(job), space)
     loading = candidate.timed(candidate.ask, "load")
-    lost = ""
+    failed = ""  # the outcome of the first call of the answer that went wrong since the last test
     for tree, source in steps:
         outcome = candidate.timed(run, tree) if loading == "passed" else loading
-        lost = lost or candidate.lost  # also if a statement between two tests lost the guest
+        if outcome != "passed" and candidate.called:
+            # Also between two tests: else `r = candidate(2)` might fail, and the next test would see an older r.
+            failed = failed or outcome
         if source:
-            tell(outcome=lost or outcome)
-            lost = ""
+            tell(outcome=failed or outcome)
+            failed = ""
 
 
 def list_tests(test: str) -> list[str]:
@@ -310,36 +319,34 @@ def test_steps(test: str, space: dict) -> list[tuple]:
             statements += node.body
         elif not ast.unparse(node).startswith("check("):
             statements.append(node)
-    sources = []
+    sources = [ast.unparse(node)[:200] for node in statements]  # before the asserts are changed
     functions = {}  # of the test's own
-    for node in statements:
-        sources.append(ast.unparse(node)[:200])
-        if isinstance(node, ast.FunctionDef):
+    for node in ast.walk(ast.Module(statements, [])):
+        if isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant):
+            # `assert x` becomes `assert _ran.append(1) or x`, because append returns None.
+            node.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, node.test])
+        if isinstance(node, FUNCTIONS) and node in statements:
             functions[node.name] = node
-        for each in ast.walk(node):
-            if isinstance(each, ast.Assert) and not isinstance(each.test, ast.Constant):
-                # `assert x` becomes `assert _ran.append(1) or x`, because append returns None.
-                each.test = ast.BoolOp(ast.Or(), [ast.parse("_ran.append(1)", mode="eval").body, each.test])
     steps = []
     for node, source in zip(statements, sources, strict=True):
-        asserts = asserts_run_by(node, functions)
         # Any answer passes `assert True`, and a loop over nothing. Neither may earn the next level. But `assert False`,
         # where an exception should come first, must not be reached.
+        asserts = asserts_run_by(node, functions)
         real = [each for each in asserts if not (isinstance(each.test, ast.Constant) and each.test.value)]
         must_run = any(not isinstance(each.test, ast.Constant) for each in real)
         tree = ast.Module([node, *ast.parse("assert _ran").body] if must_run else [node], [])
-        if real or not asserts:
-            steps.append((ast.fix_missing_locations(tree), source if real else ""))
+        steps.append((ast.fix_missing_locations(tree), source if real else ""))
     return steps
 
 
 def asserts_run_by(statement, functions: dict) -> list:
     """The asserts in a statement, and in the test's own functions that it calls, directly or through others."""
+    if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
+        return []  # they run where it is called
     nodes = list(ast.walk(statement))
     reached = set()
     for node in nodes:  # which grows by the functions that are found
         if isinstance(node, ast.Name) and node.id in set(functions) - reached:
             reached.add(node.id)
             nodes += ast.walk(functions[node.id])
-    defines = isinstance(statement, (ast.FunctionDef, ast.ClassDef))
-    return [] if defines else [node for node in nodes if isinstance(node, ast.Assert)]
+    return [node for node in nodes if isinstance(node, ast.Assert)]
