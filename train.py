@@ -343,11 +343,14 @@ def ask(config, task, policies):
 
 # ---------------------------------------------------------------- reading the options
 SECTIONS = "task model rollout turns update run".split()  # of --help, most used first
+# What may change when a run goes on: where and how it computes, what it writes, when it ends.
 FREE_ON_RESUME = """resume steps save_every keep show_every eval_every log layout micro_batch checkpointing expert_url
     expert_timeout""".split()
+# What an evaluation of trained agents takes from their run: what they read, and how they were sampled.
 TAKEN_FROM_AGENTS = """task data skip_bad views template num_agents protocol turns feedback history visible_tests
     expert_url expert_model expert_timeout dtype seed temperature max_new_tokens eval_group stop_above discount rank
     started""".split()
+# Numbers are above 0 and below 2**31. These may be 0, or have no upper bound.
 MAY_BE_ZERO = """started lr seed warmup kl discount eval_every save_every visible_tests guided_from minibatches
     stop_above""".split()
 UNBOUNDED = "started seed stop_above max_grad_norm clip_eps clip_eps_high".split()
@@ -367,6 +370,7 @@ def make_parser():
     parser = Parser(**about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     sections = {section: parser.add_argument_group(section) for section in SECTIONS}
     fields = {field.name: field for field in dataclasses.fields(Config)}
+    # An option is described in one place: the comment of its field is its help, and the comment above is its section.
     for line in (inspect.getsource(Settings) + inspect.getsource(Config)).splitlines():
         if section := re.fullmatch(r"    # (\w+)", line):
             group = sections[section[1]]
@@ -455,9 +459,10 @@ def saved_options(folder):
 def resumed_config(given):
     """The saved options of a run, with those given options that may change. Raises UserError for any other change."""
     saved = saved_options(given["resume"])
+    # To ask for an automatic value is to ask for what it has become, which is saved.
     for name, automatic in {"dtype": "auto", "lr": 0.0, "started": 0.0}.items():
         if given.get(name) == automatic:
-            del given[name]  # what it became is saved
+            del given[name]
     changed = []
     for name, value in given.items():
         # Adapters that live apart have a checkpoint each.
@@ -579,7 +584,8 @@ def load_model(name, device, temperature=1.0):
         # How the agents are sampled is saved with them. The model's own settings may be such that they cannot be saved.
         ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
-        with tempfile.TemporaryDirectory() as folder:  # fail now, not after the last step
+        # What cannot be saved shall fail now, not after the last step.
+        with tempfile.TemporaryDirectory() as folder:
             for part in (model.config, model.generation_config, tokenizer):
                 part.save_pretrained(folder)
         return model.to(device), tokenizer
@@ -599,10 +605,11 @@ def default_model():
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config  # the weights are plain numbers now; a loader must not look for 4-bit ones
+    # Several processes may convert at the same time. Each writes to a folder of its own, and the first rename counts.
     partial = cache.with_name(f"{cache.name}.{os.getpid()}")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    with contextlib.suppress(OSError):  # another process may have finished the same conversion
+    with contextlib.suppress(OSError):
         partial.rename(cache)
     shutil.rmtree(partial, ignore_errors=True)
     if not (cache / "config.json").exists():
@@ -661,7 +668,7 @@ def load_adapters(config, agents):
             kinds.add((model, saved["r"], saved["lora_alpha"]))
             starts.append(load_file(folder / "adapter_model.safetensors"))
     if kinds != {(model, config.rank, alpha)}:
-        found = "; ".join(f"{name}, rank {rank}, lora_alpha {scale}" for name, rank, scale in sorted(kinds))
+        found = "; ".join(f"{name}, rank {rank}, lora_alpha {scale}" for name, rank, scale in sorted(kinds, key=str))
         wanted = f"one model, --rank {config.rank} and lora_alpha {alpha}"
         raise UserError(f"--agents {config.agents} has adapters of {found}, not of {wanted}")
     options = Path(config.agents) / "config.json"
