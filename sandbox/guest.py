@@ -12,6 +12,7 @@ from collections import namedtuple
 
 NOBODY = 65534  # the user and the group without rights
 MAX_VALUE = 256_000  # characters of a returned value on its way
+# JSON knows lists only, so each container crosses with the name of its kind.
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes)}
 Guest = namedtuple("Guest", "pid line alone")  # process number, socket to it, True if it sees nothing but its folder
 
@@ -46,6 +47,7 @@ def start(root: bool) -> Guest:
         finally:
             os._exit(0)  # whatever an answer raises or registers, it never returns into the judge's code
     theirs.close()
+    # The first byte of `serve`. None comes if the guest died before it was locked in.
     ready = ours.recv(1)
     if not ready:
         raise RuntimeError("a guest could not lock itself in")
@@ -54,11 +56,11 @@ def start(root: bool) -> Guest:
 
 def lock_in(keep: int, root: bool) -> None:
     """Give up files, rights, processes, and every descriptor but `keep`."""
-    null = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)  # before chroot, which hides the device
     sys.path.clear()  # the same modules for every answer, on every system
     with contextlib.suppress(PermissionError):
         os.chroot(".")
-    if root:
+    if root:  # the order counts: without the rights of root, the group could not be given up
         os.chown(".", NOBODY, NOBODY)
         os.setgroups([])
         os.setgid(NOBODY)
@@ -197,6 +199,7 @@ def targets(statement) -> list:
 
 def is_wrapper(entry, helpers: set) -> bool:
     """Whether the entry point only passes on what a helper returns."""
+    # A docstring makes it no more than a wrapper.
     body = [node for node in entry.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     match body:
         case [ast.Return(value)]:
