@@ -2251,8 +2251,8 @@ import os, signal, sys, train
 save = train.save_checkpoint
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-def save_or_kill(config, step, *rest):
-    return kill() if step == 3 else save(config, step, *rest)
+def save_or_kill(config, policies, progress):
+    return kill() if progress.step == 3 else save(config, policies, progress)
 restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
 if restarts == "0":  # when there is a config.json, and no checkpoint
     train.evaluate_task = kill

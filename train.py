@@ -149,7 +149,6 @@ class Progress:
 
     fingerprint: str  # of what may not change when the run goes on
     step: int = 0  # the last one that is finished
-    evaluated: int = -1  # the step of the last evaluation
     before: tuple = None  # metrics and an episode of the untrained agents
 
 
@@ -169,16 +168,16 @@ def train(config, task, policies):
         if config.resume:
             print(f"resuming {folder} after step {progress.step}", flush=True)
         log = Log(config, progress)
+    evaluated = world.gather(log and log.evaluated)[0]  # the step of the last evaluation, -1 if there is none
     try:
         with tqdm(initial=progress.step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
             # All processes have to stop at the same step, or some would wait for the others for ever.
             while not any(world.gather(bool(caught))):
                 step = progress.step
-                if evaluation_due(config, step, progress.evaluated):
+                if evaluation_due(config, step, evaluated):
                     # The last step may have been evaluated already. The log has that, but the table needs the result.
-                    new = step > progress.evaluated
-                    evaluation = evaluate_task(config, task, policies, log if new else None, step)
-                    progress.evaluated = step
+                    evaluation = evaluate_task(config, task, policies, log if step > evaluated else None, step)
+                    evaluated = step
                     progress.before = progress.before or evaluation
                     bar.unpause()  # it shows the speed of training alone
                 if step == config.steps:
@@ -860,13 +859,19 @@ class Log:
         self.folder = Path(config.out)
         self.warned = set()
         self.send = lambda values, step: None
+        last = progress.step if progress.before else -1  # without a checkpoint, nothing is kept
         kept = {}  # path -> lines
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if path.exists():
-                kept[path] = kept_lines(path, progress)
+                kept[path] = kept_lines(path, last)
         for path, lines in kept.items():  # only now: a damaged line changes no file
             with replacing(path) as partial:
                 partial.write_bytes(b"".join(lines))
+        self.evaluated = -1  # the step of the last evaluation that is kept
+        for line in kept.get(self.folder / "metrics.jsonl", []):
+            record = json.loads(line)
+            if "eval/reward" in record:
+                self.evaluated = record["step"]
         with replacing(self.folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
         if config.log == "tensorboard":
@@ -908,13 +913,12 @@ class Log:
             tqdm.write(f"warning: {text}")
 
 
-def kept_lines(path, progress):
-    """The lines of a log that a run keeps when it goes on."""
+def kept_lines(path, last):
+    """The lines of a log up to a step, as bytes."""
     kept = []
     for n, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         with refusing(f"{path}, line {n} is damaged: delete it", (ValueError, KeyError, TypeError)):
             record = json.loads(line)
-            last = progress.evaluated if "eval/reward" in record else progress.step
             if record["step"] <= last and "when" not in record:  # the run writes these again at its end
                 kept.append(line)
     return kept
