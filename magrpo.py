@@ -289,7 +289,7 @@ def set_weights(groups, cfg):
             divisor = group.mask.sum(1, keepdim=True) * completions[place]
         elif cfg.normalize == "token":  # a mean over all tokens
             divisor = tokens[place]
-        else:  # over completions, each a sum divided by a constant (Dr. GRPO, arXiv 2503.20783)
+        else:  # constant: over completions, each a sum divided by the same number (Dr. GRPO, arXiv 2503.20783)
             divisor = cfg.max_new_tokens * completions[place]
         group.weight = (group.mask / (divisor * turns[group.agent])).float()
     learns = completions if cfg.kl else teaching  # the KL penalty teaches without an advantage, too
