@@ -858,7 +858,6 @@ class Log:
         """Drop from the logs what came after the checkpoint: those steps run again."""
         self.folder = Path(config.out)
         self.warned = set()
-        self.send = lambda values, step: None
         last = progress.step if progress.before else -1  # without a checkpoint, nothing is kept
         kept = {}  # path -> lines
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
@@ -874,23 +873,7 @@ class Log:
                 self.evaluated = record["step"]
         with replacing(self.folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
-        if config.log == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(self.folder, purge_step=progress.step + 1)
-
-            def send(values, step):
-                for name, value in values.items():
-                    board.add_scalar(name, value, step)
-
-            self.send = send
-        elif config.log == "wandb":
-            import wandb
-
-            mark = hashlib.sha256(f"{self.folder.resolve()} {config.started}".encode()).hexdigest()[:16]
-            options = {"name": self.folder.name, "id": mark, "resume": "allow", "config": vars(config)}
-            with refusing("--log wandb cannot start"):
-                self.send = wandb.init(project="magrpo", **options).log
+        self.send = sender(config, progress.step)
 
     def metrics(self, step, metrics, prefix=""):
         values = plain({prefix + name: value for name, value in metrics.items()})
@@ -911,6 +894,28 @@ class Log:
         if text not in self.warned:
             self.warned.add(text)
             tqdm.write(f"warning: {text}")
+
+
+def sender(config, step):
+    """The function (values, step) that sends metrics to the package of --log. It goes on after a step."""
+    if config.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(config.out, purge_step=step + 1)
+
+        def send(values, step):
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        return send
+    if config.log == "wandb":
+        import wandb
+
+        mark = hashlib.sha256(f"{Path(config.out).resolve()} {config.started}".encode()).hexdigest()[:16]
+        options = {"name": Path(config.out).name, "id": mark, "resume": "allow", "config": vars(config)}
+        with refusing("--log wandb cannot start"):
+            return wandb.init(project="magrpo", **options).log
+    return lambda values, step: None
 
 
 def kept_lines(path, last):
