@@ -1214,6 +1214,8 @@ def checked_rewards(task, jobs):
         total = parts.get("total")
         if not isinstance(total, (int, float)) or not np.isfinite(total):
             raise UserError(f'a reward of the task {kind} is {reward!r}, not a dict with a finite number as "total"')
+        if not all(isinstance(name, str) for name in parts):
+            raise UserError(f"a reward of the task {kind} is {reward!r}, and not all names of its parts are texts")
         checked.append(parts)
     return checked
 

@@ -191,7 +191,14 @@ class Task:
 
     def reward_all(self, jobs):
         """The reward of each (item, history, texts); a task may judge them in parallel."""
-        return [self.reward(*job) for job in jobs]
+        rewards = []
+        for item, history, texts in jobs:
+            try:
+                rewards.append(self.reward(item, history, texts))
+            except Exception as error:
+                error.add_note(f"in the reward of {getattr(item, 'where', 'an item')}")
+                raise
+        return rewards
 
     def done(self, item, history):
         """Whether the joint action that ends this history needs no further turn."""
@@ -559,7 +566,7 @@ def load_lines(path):
     """(where, row) of each line of a file."""
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:  # Windows may write a mark before the text
             for n, line in enumerate(file, 1):
                 where = f"{path}, line {n}"
                 if line.strip():

@@ -1799,6 +1799,7 @@ BAD_INPUTS = {
     "--data={posts}:prompt=post": "the field post is missing or has no text; there are prompt",
     "--data={root}/table.csv": "is a .csv file",
     "--template=loud": "--template loud must be",
+    "--template=enable_thinkin=false": "--template enable_thinkin: the chat template of agent 0 has no",
     "--model={textless}": "loses the text",
     "--model={stopping}": "end in a stop token",
     "--model={raising}": "the chat template of agent 0 fails",
@@ -1943,8 +1944,64 @@ class Rich(Couplet):
         detail = {0: np.float32(1), "words": {1, 2}, "self": self, "none": float("nan")}
         return {"total": 3.0, "rhyme": 0.5, "detail": detail}
 
+class Bare(Couplet):
+    def __init__(self, **options):
+        pass
+
+class Number(Couplet):
+    def reward(self, item, history, texts):
+        return {"total": 1.0, "rhyme": 0.5, 3: 1.0}
+
+class Done(Couplet):
+    def done(item, history):
+        return False
+
+class Second(Couplet):
+    defaults = Couplet.defaults | {"turns": 2}
+    def prompts(self, item, history):
+        return [item["prompt"] + history[0]["advice"] if history else "dog"] * 2
+
+class Growing(Couplet):
+    def first_prompts(self, item):
+        item["prompt"] += " more"
+        return [item["prompt"]] * 2
+
+class Later(Couplet):
+    calls = 0
+    def reward(self, item, history, texts):
+        Later.calls += 1
+        return {"total": 1.0 + 1 / (Later.calls != 20), "rhyme": 0.5}
+
 Other = 5
 """
+
+
+def test_a_reward_that_fails_in_the_middle_loses_no_step(files, tmp_path, capsys):
+    """It ended the run with a traceback, and all training since the last checkpoint was gone."""
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    out = tmp_path / "run"
+    command = arguments(files, out, f"--task={tmp_path}/my_task.py:Later", "--eval-group=1", steps=9)
+    with pytest.raises(ZeroDivisionError) as caught:
+        train.main(command)
+    done = train.read_lines(out / "metrics.jsonl")[-1]["step"]
+    assert 0 < done < 9 and (out / "checkpoints" / f"step_{done:07d}").exists()
+    where, saved = caught.value.__notes__
+    assert re.search(r"posts\.jsonl, line \d", where) and f"step {done} is saved" in saved
+    capsys.readouterr()
+    (tmp_path / "my_task.py").write_text(MY_TASK.replace("Later.calls != 20", "True"))
+    assert train.main([f"--resume={out}"]) == 0
+    assert f"after step {done}" in capsys.readouterr().out
+    steps = [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line]
+    assert steps == list(range(1, 10))
+
+
+def test_two_processes_do_not_train_in_one_folder(short_run, tmp_path, capsys):
+    """Both ended well, and each had written all its lines into the log of the other."""
+    out = shutil.copytree(short_run, tmp_path / "run")
+    with train.lock(out):
+        assert train.main([f"--resume={out}", "--steps=3"]) == 2
+        assert f"another process is training in {out}" in capsys.readouterr().err
+    assert train.main([f"--resume={out}", "--steps=3"]) == 0
 
 
 @pytest.mark.parametrize(("name", "message"), {
@@ -1963,6 +2020,11 @@ Other = 5
     "my_task.py:TextPart": "TextPart: maxima names total, rhyme, its reward has the numbers total",
     "my_task.py:NoMaximum": "NoMaximum: maxima must be numbers above 0",
     "my_task.py:Raising": "Raising fails on its first item: KeyError: 'answer'",
+    "my_task.py:Bare": "Bare cannot be set up: AttributeError",
+    "my_task.py:Number": "not all names of its parts are texts",
+    "my_task.py:Done": "Done fails after the first answers: TypeError",
+    "my_task.py:Second": "Second fails after the first answers: KeyError: 'advice'",
+    "my_task.py:Growing": "Growing: prompts may depend on item and history alone",
     "my_task.py:Other": "no class Other",
     "my_task.py:Missing": "no class Missing",
     "my_task.py": "FILE.py:CLASS",
@@ -3403,6 +3465,7 @@ def test_agents_answer_a_text(short_run, files, tmp_path, capsys, monkeypatch):
     assert "pass@1 0.00 of 1.0" in printed and "not isolated from this machine's network" in printed
     for flags, message in {
         ("--ask=",): "--ask: the field prompt is missing",
+        ("--ask=no_such_file.txt",): "--ask cannot be read as a text: FileNotFoundError",
         ("--ask", f"{files['llama']}/model.safetensors"): "--ask cannot be read as a text",
         ("--ask", "dog " * 600): "exceed the model's context",
         ("--task=coding", f"--data={files['problems']}", "--ask=dog"): "read as JSON with prompt, entry_point, test",

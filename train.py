@@ -105,7 +105,7 @@ def run(config):
     policies = load_policies(config, device)
     if config.ask:
         return ask(config, task, policies)
-    print_warning(check_reward(task))
+    print_warning(check_reward(task, config.turns))
     check_prompts(config, task, policies)
     # What automatic values have become. The type may differ on another machine; the rate is that of the largest model.
     config.dtype = str(policies[0].dtype).removeprefix("torch.")
@@ -118,7 +118,8 @@ def run(config):
     if world.rank == 0:
         print_header(config, task, policies, device)
     if not config.eval_only:
-        return train(config, task, policies)
+        with lock(config.out) if world.rank == 0 else contextlib.nullcontext():
+            return train(config, task, policies)
     metrics, episode = evaluate_task(config, task, policies)
     if world.rank == 0:
         print(show_episode(episode, task.maxima))
@@ -135,6 +136,7 @@ def set_up_task(config):
     options = {name: getattr(config, name) for name in names.split()}
     with refusing(f"the task {config.task} cannot be set up"):
         task = find_task(config.task)(**options, expert=expert)
+        _ = task.train_items, task.eval_items  # a class with an __init__ of its own may have forgotten Task's
     print_warning(task.warning())
     if expert and world.rank == 0:
         print_warning(expert.warning())
@@ -156,18 +158,13 @@ def train(config, task, policies):
     """Evaluate, train, evaluate; then save the agents and print the table. An interrupt saves a checkpoint instead."""
     start = time.perf_counter()
     caught = catch_signals()
-    folder = Path(config.out)
     progress = Progress(fingerprint(task, policies))
-    if config.resume:
-        load_checkpoint(config, policies, progress)
+    load_checkpoint(config, policies, progress)
     after = None  # metrics and an episode of the trained agents
     saved_step = progress.step if progress.before else None  # of the newest checkpoint
     saved_at = time.monotonic()
-    log = None
-    if world.rank == 0:  # only after all checks: a refused --resume changes no file
-        if config.resume:
-            print(f"resuming {folder} after step {progress.step}", flush=True)
-        log = Log(config, progress)
+    finished = optimizer_steps(policies)  # in progress.step steps
+    log = Log(config, progress) if world.rank == 0 else None  # after all checks: a refused --resume changes no file
     evaluated = world.gather(log and log.evaluated)[0]  # the step of the last evaluation, -1 if there is none
     try:
         with tqdm(initial=progress.step, total=config.steps, unit="step", disable=world.rank > 0) as bar:
@@ -185,19 +182,25 @@ def train(config, task, policies):
                     break
                 one_step(config, task, policies, step + 1, log, bar)
                 progress.step += 1
+                finished = optimizer_steps(policies)
                 if log and bar.n == bar.initial + 1:  # the first step of this process
                     say_how_long(config, task, bar, progress.before[0])
                 # Saved before it is evaluated: a kill in a long evaluation loses no training.
-                if config.save_every:
-                    due = progress.step % config.save_every == 0
-                else:
-                    due = time.monotonic() - saved_at > 600
-                if world.gather(due)[0]:  # the clock of process 0 decides for all
+                if world.gather(save_due(config, progress.step, saved_at))[0]:  # the clock of process 0 decides
                     save_checkpoint(config, policies, progress)
                     saved_step = progress.step
                     saved_at = time.monotonic()
     except KeyboardInterrupt:  # from catch_signals, with nothing half done
         pass
+    except FloatingPointError:
+        raise  # a run that went on would come to the same numbers
+    except Exception as error:
+        # For example of a task of the user. Save what is finished, unless the step has begun to move the weights.
+        if progress.before and world.size == 1 and optimizer_steps(policies) == finished:
+            if saved_step != progress.step:
+                save_checkpoint(config, policies, progress)
+            error.add_note(f"step {progress.step} is saved; to go on: train.py --resume {config.out}")
+        raise
     if progress.before and not after and saved_step != progress.step:
         save_checkpoint(config, policies, progress)
     world.barrier()  # no process may leave while another one still saves
@@ -206,9 +209,19 @@ def train(config, task, policies):
     if after:
         finish(config, task, policies, log, progress.before, after)
     if log:
-        done = f"everything is in {folder}/, the curve in {folder}/curve.png"
-        stopped = f"interrupted after step {progress.step}; continue with: train.py --resume {folder}"
-        print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; {done if after else stopped}")
+        print_end(config.out, time.perf_counter() - start, progress.step, interrupted=not after)
+
+
+def save_due(config, step, saved_at):
+    """Whether to write a checkpoint after a step: every --save-every steps, or ten minutes after the last one."""
+    if config.save_every:
+        return step % config.save_every == 0
+    return time.monotonic() - saved_at > 600
+
+
+def optimizer_steps(policies):
+    """How many optimizer steps each agent has made."""
+    return [options["steps"] for policy in policies for options in policy.optimizer.param_groups]
 
 
 def evaluation_due(config, step, evaluated):
@@ -330,11 +343,11 @@ def ask(config, task, policies):
     with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
         if text == "-":
             text = world.gather(sys.stdin.read() if world.rank == 0 else None)[0]
-        elif os.path.isfile(text):
+        elif os.path.exists(text) or re.fullmatch(r"\S+\.(txt|json|md)", text):  # also one that does not exist
             text = Path(text).read_text(encoding="utf-8")
         row = {names[0]: text} if len(names) == 1 else dict(json.loads(text))
     item = check_item(row, task.fields, {}, "--ask")
-    with refusing(f"the task {config.task} cannot judge --ask without a field", KeyError):
+    with refusing(f"the task {config.task} cannot judge --ask"):
         turns, _ = evaluate(policies, task, [item], dataclasses.replace(config, eval_group=1))
     if world.rank == 0:
         print(show_episode(episode_of(task, turns), task.maxima))
@@ -479,7 +492,8 @@ def options_of_agents(given):
     if not (folder / "config.json").exists():
         return {}  # agents that were copied may come without it
     saved = saved_options(folder)
-    if given.get("task", saved["task"]) != saved["task"]:
+    # A class of the user's own is known by its name: its file may be given from another folder.
+    if given.get("task", saved["task"]).rpartition(":")[2] != saved["task"].rpartition(":")[2]:
         return {}
     taken = {name: saved[name] for name in TAKEN_FROM_AGENTS if name not in given}
     if "protocol" in given:
@@ -565,6 +579,9 @@ def load_policies(config, device="cpu"):
         starts = [adapters[agent] for agent in agents] if config.weights == "adapters" else None
         policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), not config.eval_only, starts)
         policy.template = template_options(config)
+        for name in policy.template:
+            if name not in str(tokenizer.chat_template):
+                raise UserError(f"--template {name}: the chat template of agent {agents[0]} has no option {name}")
         if config.kl and not config.eval_only and not starts:
             policy.reference = copy.copy(policy)
             policy.reference.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -677,8 +694,8 @@ def load_adapters(config, agents):
 
 
 # ---------------------------------------------------------------- checks of a task
-def check_reward(task):
-    """Refuse a task whose reward does not work, on answers of one word. Returns a warning, or ""."""
+def check_reward(task, turns):
+    """Refuse a task whose functions do not work, on answers of one word. Returns a warning, or ""."""
     name = type(task).__name__
     item = task.train_items[0]
     with refusing(f"the task {name} fails on its first item"):
@@ -694,6 +711,12 @@ def check_reward(task):
     if "total" not in task.maxima or not set(task.maxima) <= set(numbers):
         said = f"maxima names {', '.join(task.maxima)}, its reward has the numbers {', '.join(numbers)}"
         raise UserError(f"the task {name}: {said}")
+    with refusing(f"the task {name} fails after the first answers"):
+        history = [{"texts": texts, "reward": reward}]
+        if not task.done(item, history) and turns > 1:
+            magrpo.checked_prompts(task, item, history)
+    if task.prompts(item, []) != prompts:
+        raise UserError(f"the task {name}: prompts may depend on item and history alone, but differ from call to call")
     above = []
     for part, most in task.maxima.items():
         if not isinstance(most, (int, float)) or not most > 0:
@@ -857,6 +880,8 @@ class Log:
     def __init__(self, config, progress):
         """Drop from the logs what came after the checkpoint: those steps run again."""
         self.folder = Path(config.out)
+        if config.resume:
+            print(f"resuming {config.out} after step {progress.step}", flush=True)
         self.warned = set()
         last = progress.step if progress.before else -1  # without a checkpoint, nothing is kept
         kept = {}  # path -> lines
@@ -894,6 +919,28 @@ class Log:
         if text not in self.warned:
             self.warned.add(text)
             tqdm.write(f"warning: {text}")
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Keep a second process from the same run. The system ends the lock with this process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"another process is training in {folder}") from error
+    except OSError:  # some network disks have no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sender(config, step):
@@ -1039,6 +1086,14 @@ def print_header(config, task, policies, device):
         print(f"writes  {config.out}/ config.json metrics.jsonl samples.jsonl curve.png agent_*/", flush=True)
 
 
+def print_end(folder, seconds, step, interrupted):
+    """Print how long a run took, and where it is."""
+    said = f"everything is in {folder}/, the curve in {folder}/curve.png"
+    if interrupted:
+        said = f"interrupted after step {step}; continue with: train.py --resume {folder}"
+    print(f"\n{seconds / 60:.1f} minutes; {said}")
+
+
 def print_warning(text):
     """Process 0 prints a warning, if the text is not empty."""
     if text and world.rank == 0:
@@ -1056,8 +1111,12 @@ def start_processes(config):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # texts and numbers cross through gloo
+        limit = timedelta(minutes=30)
         with refusing("WORLD_SIZE is set, but torchrun has not started this", ValueError):
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun keeps its store when it starts the processes again. None may find the address of one that has died.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     if device.type == "cpu":
         keep_freed_memory()
     world.start(config.layout, config.num_agents)
@@ -1124,7 +1183,7 @@ def explain(error):
     if isinstance(error, FloatingPointError):
         return f"{error}; start again with a lower --lr"  # --resume would come to the same numbers
     if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):  # the last: of torch.save
-        return f"cannot write or read: {first_line(error)}; --resume goes on from the last checkpoint"
+        return f"cannot write or read: {first_line(error)}; --resume goes on from the last checkpoint, if there is one"
     return None
 
 
@@ -1145,6 +1204,7 @@ def main(argv=None):
             if several:
                 error.add_note(f"on rank {rank}")
             raise
+        message = "; ".join([message, *getattr(error, "__notes__", [])])
         message = message.replace("\n", " ")  # the name of a file may have lines
         code = 2 if isinstance(error, UserError) else 1
         if several and (rank > 0 or code == 1):
