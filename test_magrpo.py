@@ -2121,6 +2121,21 @@ def test_tasks_and_protocols_bring_defaults_and_given_options_win():
     assert train.parse_args(["--protocol=discussion", "--turns=4"]).turns == 4
 
 
+def test_data_may_begin_with_a_byte_order_mark(tmp_path):
+    """Editors on Windows write one."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "dog"}), encoding="utf-8-sig")
+    assert tasks.load_items(tmp_path / "data.jsonl", ["prompt"]) == [{"prompt": "dog"}]
+
+
+def test_a_class_of_ones_own_is_known_from_another_folder(tmp_path):
+    """Its file has another path there, and the options of its run were dropped without a word."""
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    (tmp_path / "config.json").write_text(json.dumps(vars(train.Config(task="my_task.py:Couplet", eval_group=7))))
+    for name, taken in {"Couplet": 7, "Rich": train.Config.eval_group}.items():
+        flags = ["--eval-only", f"--agents={tmp_path}", f"--task={tmp_path}/my_task.py:{name}"]
+        assert train.parse_args(flags).eval_group == taken
+
+
 @pytest.mark.parametrize("weights", ["separate", "adapters"])
 def test_trained_agents_are_evaluated_as_whole_models(tmp_path, weights):
     """The game trains adapters, so an evaluation looked for adapters that a run with separate weights does not have."""
