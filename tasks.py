@@ -67,7 +67,8 @@ class Task:
     def __init__(self, num_agents=2, data=None, feedback="plain", history="full", protocol="parallel", **options):
         """options: of the run, by name; a task reads those that it knows."""
         if num_agents not in self.agents_allowed:
-            allowed = f"{min(self.agents_allowed)} to {max(self.agents_allowed)}"
+            least, most = min(self.agents_allowed), max(self.agents_allowed)
+            allowed = f"{least} to {most}" if least < most else most
             raise UserError(f"this task is for {allowed} agents, not {num_agents}")
         if feedback not in self.feedback_allowed:
             raise UserError(f"this task has no feedback {feedback!r}: choose {', '.join(self.feedback_allowed)}")
