@@ -240,7 +240,7 @@ def group_advantages(returns, pairing, cfg):
 
 
 def update(policy, groups, num_items, cfg, metrics, step):
-    """Learn from the groups of this process: an optimizer step for each minibatch. num_items: of all processes."""
+    """Make an optimizer step for each minibatch of the groups of this process. num_items: items of all processes."""
     count = cfg.minibatches or num_items
     minibatches = [[] for _ in range(count)]
     for group in groups:
@@ -388,7 +388,7 @@ class Policy:
             self.reference.bare = True
 
     def choose_adapters(self, groups, tokens):
-        """Say whose tokens the next call of the model computes: group after group, so many (a number, or one each)."""
+        """Say whose tokens the next call of the model computes. tokens: how many of each group, a number or (B,)."""
         if self.adapters:
             agents = torch.tensor([self.agents.index(group.agent) for group in groups]).repeat_interleave(tokens)
             self.adapters.choose(None if self.bare else agents.to(self.model.device))

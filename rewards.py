@@ -84,7 +84,7 @@ def _writing_reward(first, second, linked, num_words, length, vocabulary, overla
             parts["vocabulary"] = 0.5 * richer
             parts["consistency"] = 0.6 * min(jaccard, overlap) / overlap
             parts["coherence"] = 0.4 * _transitions(linked)
-    parts["total"] = sum(parts.values())  # itself still 0 here
+    parts["total"] = sum(parts.values())  # "total" itself is still 0 here
     return parts
 
 

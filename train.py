@@ -195,7 +195,7 @@ def train(config, task, policies):
     except FloatingPointError:
         raise  # a run that went on would come to the same numbers
     except Exception as error:
-        # For example of a task of the user. Save what is finished, unless the step has begun to move the weights.
+        # The user's task may have failed. Save the finished steps, unless this one has begun to move the weights.
         if progress.before and world.size == 1 and optimizer_steps(policies) == finished:
             if saved_step != progress.step:
                 save_checkpoint(config, policies, progress)
@@ -313,7 +313,7 @@ def finish(config, task, policies, log, before, after):
             except Exception as error:  # the others, the curve and the table must not be lost
                 failed = error
     if log:
-        # Its own prompts are those of the last turn, which repeat the answers. Show the first ones, once for both.
+        # An episode has the prompts of its last turn, which repeat the answers. Show those of the first turn, once.
         first = before[1] | {"prompts": task.prompts(task.eval_items[0], [])}
         print(f"\n--- a held-out item, before training\n{show_episode(first, task.maxima)}")
         print(f"\n--- the same item, after training\n{show_episode(after[1] | {'prompts': []}, task.maxima)}")
@@ -471,7 +471,7 @@ def saved_options(folder):
 def resumed_config(given):
     """The saved options of a run, with those given options that may change. Raises UserError for any other change."""
     saved = saved_options(given["resume"])
-    # To ask for an automatic value is to ask for what it has become, which is saved.
+    # An automatic value stands for what the run has made of it. That is saved.
     for name, automatic in {"dtype": "auto", "lr": 0.0, "started": 0.0}.items():
         if given.get(name) == automatic:
             del given[name]
@@ -600,7 +600,7 @@ def load_model(name, device, temperature=1.0):
         # How the agents are sampled is saved with them. The model's own settings may be such that they cannot be saved.
         ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
-        # What cannot be saved shall fail now, not after the last step.
+        # If something cannot be saved, fail now and not after the last step.
         with tempfile.TemporaryDirectory() as folder:
             for part in (model.config, model.generation_config, tokenizer):
                 part.save_pretrained(folder)
@@ -700,7 +700,7 @@ def check_reward(task, turns):
     item = task.train_items[0]
     with refusing(f"the task {name} fails on its first item"):
         prompts = task.prompts(item, [])
-        # In a sequence, those that are silent now will have answered before the reward is computed.
+        # In a sequence, agents that are silent now will have answered before the reward is computed.
         texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
         reward = magrpo.checked_rewards(task, [(item, [], texts)])[0]
     numbers = [part for part, value in reward.items() if isinstance(value, (int, float))]
@@ -810,8 +810,8 @@ def fingerprint(task, policies):
     first = task.prompts(task.train_items[0], [])
     mine = {}
     for policy in policies:
+        frozen = frozen_weights(policy.reference or policy)  # the reference of --kl is in no checkpoint
         for agent in policy.agents:
-            frozen = frozen_weights(policy.reference or policy)  # the reference of --kl is in no checkpoint
             mine[agent] = [policy.encode(first[agent] or ""), policy.stop_ids, frozen]
     tokens = {}
     for theirs in world.exchange(mine):
@@ -892,10 +892,10 @@ class Log:
             with replacing(path) as partial:
                 partial.write_bytes(b"".join(lines))
         self.evaluated = -1  # the step of the last evaluation that is kept
-        for line in kept.get(self.folder / "metrics.jsonl", []):
-            record = json.loads(line)
-            if "eval/reward" in record:
-                self.evaluated = record["step"]
+        metrics = self.folder / "metrics.jsonl"
+        for line in read_lines(metrics) if metrics.exists() else []:
+            if "eval/reward" in line:
+                self.evaluated = line["step"]
         with replacing(self.folder / "config.json") as partial:
             partial.write_text(json.dumps(vars(config) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
         self.send = sender(config, progress.step)
@@ -923,7 +923,7 @@ class Log:
 
 @contextlib.contextmanager
 def lock(folder):
-    """Keep a second process from the same run. The system ends the lock with this process, however that ends."""
+    """Keep a second process out of the folder of a run. The lock ends with this process, even if it is killed."""
     try:
         import fcntl
     except ImportError:  # on Windows
@@ -1114,7 +1114,7 @@ def start_processes(config):
         limit = timedelta(minutes=30)
         with refusing("WORLD_SIZE is set, but torchrun has not started this", ValueError):
             store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun keeps its store when it starts the processes again. None may find the address of one that has died.
+        # torchrun keeps its store when it restarts the processes. A process must not find the address of a dead one.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     if device.type == "cpu":
