@@ -375,8 +375,9 @@ class Policy:
         for agent in self.agents if adapters else self.agents[:1]:  # all agents that share weights: under the first one
             self.masters[agent] = self.trained
             if self.has_copies:
-                pieces = [self.piece(p.detach(), agent) for p in self.trained]
-                self.masters[agent] = [piece.float().clone().requires_grad_() for piece in pieces]
+                self.masters[agent] = [self.piece(p, agent).detach().float().clone() for p in self.trained]
+            for master in self.masters[agent]:
+                master.requires_grad_()
         for p in model.parameters():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
         if train:
@@ -566,8 +567,10 @@ class Adapters:
     @torch.no_grad()
     def load(self, i, tensors):
         """Set the adapter of the i-th agent, by PEFT's names."""
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        missing = [name for name, own in self.tensors(i).items() if shapes.get(name) != own.shape]
+        missing = []
+        for name, own in self.tensors(i).items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                missing.append(name)
         if missing:
             lacking = f"lacks {len(missing)} tensors of this model, such as {missing[0]}"
             raise UserError(f"the adapter of agent {self.agents[i]} {lacking}")
@@ -687,20 +690,20 @@ def checked_prompts(task, item, history):
 
 # ---------------------------------------------------------------- one prompt for a group
 class Prompts:
-    """B prompts as a tensor, padded on the right: causal attention never reaches the padding.
+    """The prompts of B groups as a tensor, padded on the right: causal attention never reaches the padding.
 
     The input of a completion is shifted by one: its column 0 is a copy of the prompt's last token, and its column c is
     completion token c - 1. So the logits of column c predict token c, and the first token is no special case. The
     original of the copy is hidden from completions, or they would see it twice.
     """
 
-    def __init__(self, prompts, copies, device):
+    def __init__(self, groups, copies, device):
         """copies: completions of each prompt."""
-        self.lengths = [len(prompt) for prompt in prompts]
-        width = max(self.lengths)
+        prompts = [torch.tensor(group.prompt) for group in groups]
+        self.lengths = list(map(len, prompts))
         lengths = torch.tensor(self.lengths, device=device)[:, None]
-        self.ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)  # (B, P)
-        self.places = torch.arange(width, device=device).expand_as(self.ids)  # (B, P) position of each token
+        self.ids = pad_sequence(prompts, batch_first=True).to(device)  # (B, P)
+        self.places = torch.arange(self.ids.shape[1], device=device).expand_as(self.ids)  # (B, P) positions
         self.real = self.places < lengths  # (B, P) False on padding
         self.visible = self.places < lengths - 1  # (B, P) where completions look
         self.opener = self.ids.gather(1, lengths - 1).repeat_interleave(copies, 0)  # (BG, 1) ids
@@ -755,8 +758,11 @@ class GroupCache:
 
     def read_prompts(self, layer, query, key, value, scale):
         """Attention of all prompts, packed in one row without padding. Stores their keys and values."""
-        queries, keys, values = (x.split(self.prompts.lengths, 2) for x in (query, key, value))
-        out = [attend_causally(*prompt, scale) for prompt in zip(queries, keys, values, strict=True)]
+        keys = key.split(self.prompts.lengths, 2)
+        values = value.split(self.prompts.lengths, 2)
+        out = []
+        for b, q in enumerate(query.split(self.prompts.lengths, 2)):
+            out.append(attend_causally(q, keys[b], values[b], scale))
         self.prompt[layer] = [pad_columns(keys), pad_columns(values)]
         return torch.cat(out, 1)
 
@@ -770,8 +776,9 @@ class GroupCache:
             self.own[layer] = [key.new_zeros(shape), value.new_zeros(shape)]
         for buffer, new in zip(self.own[layer], (key, value), strict=True):
             buffer.index_copy_(2, self.column, new)
-        own_keys, own_values = (buffer[:, :, : self.width] for buffer in self.own[layer])  # (BG, Hkv, S, D)
         prompt_keys, prompt_values = self.prompt[layer]  # (B, Hkv, P, D)
+        own_keys = self.own[layer][0][:, :, : self.width]  # (BG, Hkv, S, D)
+        own_values = self.own[layer][1][:, :, : self.width]
         (B, Hkv, P, D), (BG, heads, *_), S = prompt_keys.shape, query.shape, self.width
         G, share = BG // B, heads // Hkv
         query = query * scale
@@ -779,9 +786,10 @@ class GroupCache:
         to_prompt = (folded @ prompt_keys.mT).view(B, Hkv, G, share, P)
         to_own = query.reshape(BG, Hkv, share, D) @ own_keys.mT
         to_own = to_own.view(B, G, Hkv, share, S).transpose(1, 2)  # (B, Hkv, G, share, S)
-        scores = torch.cat([to_prompt, to_own], dim=-1).float()  # softmax in float32, whatever the model computes in
+        scores = torch.cat([to_prompt, to_own], dim=-1)
         scores.masked_fill_(self.hidden[:, None, None, None, : P + S], float("-inf"))
-        on_prompt, on_own = scores.softmax(-1).to(query.dtype).split([P, S], dim=-1)
+        # Also for bfloat16, softmax adds up in float32.
+        on_prompt, on_own = scores.softmax(-1).split([P, S], dim=-1)
         out = (on_prompt.reshape(B, Hkv, G * share, P) @ prompt_values).view(B, Hkv, G, share, D).transpose(1, 2)
         own = on_own.transpose(1, 2).reshape(BG, Hkv, share, S) @ own_values
         return out.reshape(BG, 1, heads, D) + own.view(BG, 1, heads, D)
@@ -814,12 +822,14 @@ class MicroBatch:
         self.groups = groups
         C = max(int(group.mask[members].sum(1).max()) for group in groups)  # trimmed to the longest
         for name in ("tokens", "mask", "logp", "weight"):  # (BG, C) each
-            parts = [getattr(group, name)[members, :C] for group in groups]
-            rows = [F.pad(part, (0, C - part.shape[1])) for part in parts]
+            rows = []
+            for group in groups:
+                part = getattr(group, name)[members, :C]
+                rows.append(F.pad(part, (0, C - part.shape[1])))
             setattr(self, name, torch.cat(rows).to(device))
         self.advantage = torch.cat([group.advantage[members] for group in groups]).to(device)[:, None]  # (BG, 1)
         BG = len(self.tokens)
-        self.prompts = Prompts([group.prompt for group in groups], BG // len(groups), device)
+        self.prompts = Prompts(groups, BG // len(groups), device)
         # Where each token of a completion looks, (BG, 1, C, P + C): at its prompt, and at itself up to its own column.
         prompt = self.prompts.visible.repeat_interleave(BG // len(groups), 0)[:, None].expand(BG, C, -1)
         own = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(BG, C, C)
@@ -897,7 +907,7 @@ def sample(policy, groups, cfg):
     shape = cfg.group, cfg.max_new_tokens
     draws = [np.random.default_rng(group.stream).random(shape, np.float32) for group in groups]
     uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (BG, C): one number decides each token
-    prompts = Prompts([group.prompt for group in groups], cfg.group, device)
+    prompts = Prompts(groups, cfg.group, device)
     cache = GroupCache(prompts, cfg.max_new_tokens)
     world.may_stop = True
     policy.choose_adapters(groups, torch.tensor(prompts.lengths))
@@ -1056,9 +1066,9 @@ class World:
         self.num_replicas = self.size // self.num_peers
         self.peer, self.replica = divmod(self.rank, self.num_replicas)
         grid = torch.arange(self.size).view(self.num_peers, self.num_replicas)
-        if self.size > 1:  # every process has to create every process group, in the same order
-            self.replicas = [dist.new_group(row) for row in grid.tolist()][self.peer]
-            self.peers = [dist.new_group(column) for column in grid.T.tolist()][self.replica]
+        if self.size > 1:  # every process creates all process groups, in the same order, and gets its own
+            self.replicas, _ = dist.new_subgroups_by_enumeration(grid.tolist())
+            self.peers, _ = dist.new_subgroups_by_enumeration(grid.T.tolist())
 
     def share(self, items):
         """This process's items, each with its slot: its place among all items, however they are divided."""

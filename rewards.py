@@ -71,16 +71,17 @@ def _writing_reward(first, second, linked, num_words, length, vocabulary, overla
     """
     least, most = num_words
     parts = dict.fromkeys(TLDR_MAX, 0.0)
-    words = [set(re.findall(r"\w+", text.lower())) for text in (first, second)]
+    first_words = set(re.findall(r"\w+", first.lower()))
+    second_words = set(re.findall(r"\w+", second.lower()))
     # A line of punctuation has words for split(), and none for the pattern.
-    if words[0] and all(least <= len(text.split()) <= most for text in (first, second)):
+    if first_words and least <= len(first.split()) <= most and least <= len(second.split()) <= most:
         parts["structure"] = 0.5
         longer = _trapezoid(len(second) / len(first), *length)
-        richer = _trapezoid(len(words[1]) / len(words[0]), *vocabulary)
+        richer = _trapezoid(len(second_words) / len(first_words), *vocabulary)
         parts["length"] = longer or 0.0
         if longer is not None and richer is not None:
-            content = [some - STOP_WORDS for some in words]
-            jaccard = len(content[0] & content[1]) / max(1, len(content[0] | content[1]))
+            shared = (first_words & second_words) - STOP_WORDS
+            jaccard = len(shared) / max(1, len((first_words | second_words) - STOP_WORDS))
             parts["vocabulary"] = 0.5 * richer
             parts["consistency"] = 0.6 * min(jaccard, overlap) / overlap
             parts["coherence"] = 0.4 * _transitions(linked)

@@ -82,6 +82,7 @@ class Task:
         if len(items) < 2:
             where = f"--data {data}" if data else "this task"
             raise UserError(f"{where} has {len(items)} items; at least 2 are needed, one of them held out")
+        # The items keep their order: the same file always has the same items held out.
         held_out = max(min(self.held_out, len(items) // 4), 1)
         self.train_items, self.eval_items = items[:-held_out], items[-held_out:]
 
@@ -254,6 +255,7 @@ class Schelling(Task):
         for text in texts:
             words = [word for word in content_words(text) if word in shared]
             named += words[:1]
+        # An answer without such a word adds none, so the list is shorter than the answers.
         agree = len(named) == len(texts) and len(set(named)) == 1
         parts = {"named": 0.2 * len(named) / len(texts), "agreement": 0.8 * agree}
         return {"total": sum(parts.values()), **parts}
@@ -283,6 +285,7 @@ class TwoParts(Task):
 
     # The most that can be earned is a little less than the maximum. So no item is ever done, and all turns are played.
     def reward(self, item, history, texts):
+        # A single agent is rewarded like two, so that GRPO and MAGRPO can be compared.
         first, second = texts if self.num_agents == 2 else split_parts(texts[0])
         return self.scores(first, second)
 
@@ -402,6 +405,7 @@ class Coding(Task):
         """Each agent reads about its own syntax error; all read about the visible tests and the use of the helpers."""
         detail = turn["reward"]["detail"]
         visible = self.options.get("visible_tests", 1)
+        # The other tests stay hidden. An agent that read them all could answer with a table of results.
         tests = detail["outcomes"][:visible]
         runs = detail["entry"] and detail["error"] is None
         levels = {"structure": detail["entry"] and all(detail["helpers"]), "syntax": runs}

@@ -58,6 +58,7 @@ def lock_in(keep: int, root: bool) -> None:
     """Give up files, rights, processes, and every descriptor but `keep`."""
     null = os.open(os.devnull, os.O_RDWR)  # before chroot, which hides the device
     sys.path.clear()  # the same modules for every answer, on every system
+    # Without the rights for this, the guest sees the files of its user. `serve` reports that.
     with contextlib.suppress(PermissionError):
         os.chroot(".")
     if root:  # the order counts: without the rights of root, the group could not be given up
@@ -88,6 +89,7 @@ def serve(line) -> None:
                 space = module.__dict__
                 with contextlib.suppress(Exception):  # of a prompt that is prose, for example: "Fibonacci" parses
                     exec(preamble(job), space)
+                # All answers share one module, so that the entry point finds the helpers.
                 for code in job["program"]:
                     exec(code, space)
                 loaded = True

@@ -149,6 +149,7 @@ class Candidate:
                 if not part or len(reply) > guest.MAX_VALUE:
                     raise ConnectionError
             self.owing = False
+            # An answer may have forged the reply. Whatever it says can only become a value or an exception.
             name, value = json.loads(reply)
             value = guest.decode(value) if name == "value" else expected_exception(name, str(value))
         except (OSError, KeyboardInterrupt) as error:  # the second: the alarm rang
