@@ -2530,8 +2530,8 @@ def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
 
 
 def test_what_is_refused_changes_nothing(short_run, files, tmp_path, capsys):
-    """Resuming a run that had ended without a checkpoint emptied its logs and began again; a refused --resume left its
-    options in config.json; --out deleted what lay in a folder that only had no config.json."""
+    """Resuming a run whose checkpoints were gone emptied its logs and began again; a refused --resume left its options
+    in config.json; --out deleted what lay in a folder that only had no config.json."""
     ended, copied = (shutil.copytree(short_run, tmp_path / name) for name in ("ended", "copied"))
     shutil.rmtree(ended / "checkpoints")
     (copied / "config.json").unlink()
@@ -2539,7 +2539,7 @@ def test_what_is_refused_changes_nothing(short_run, files, tmp_path, capsys):
     before = {path: path.read_bytes() for out in (run, ended, copied) for path in out.rglob("*") if path.is_file()}
     agents = ["--eval-only", f"--agents={run}"]
     for flags, message in {
-        (f"--resume={ended}",): "ended without a checkpoint",
+        (f"--resume={ended}",): "its checkpoints are gone",
         (f"--resume={run}", "--steps=1"): "step 2 is done",
         tuple(arguments(files, run)): "holds a run already",
         tuple(arguments(files, copied)): "holds a run already",
@@ -3420,7 +3420,8 @@ def test_a_run_says_how_much_it_is_and_shows_one_item_before_and_after(files, tm
     assert end.count("--- prompt of agent 0") == 1 and end.count(item["prompt"]) == 2, "a prompt for each agent"
     for episode in (first, last):
         assert f"--- answer of agent 1 in turn 1\n{episode['texts'][1]}\n--- reward in turn 1: total" in end
-    assert train.main([f"--resume={out}", "--steps=3"]) == 2, "it ended without a checkpoint"
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_0000002"]
+    assert train.main([f"--resume={out}", "--steps=3"]) == 0, "a short run can go on, too"
 
 
 def test_an_agent_that_does_not_speak_is_shown_as_silent():

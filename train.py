@@ -88,7 +88,7 @@ class Config(Settings):
     ask: str = ""  # only let the agents answer this text, the text of this file or, for -, of standard input
     eval_every: int = 0  # also evaluate every so many steps; 0: only before and after
     show_every: int = 5  # print a joint episode every so many steps
-    save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always when interrupted
+    save_every: int = 0  # write a checkpoint every so many steps; 0: every ten minutes; always at the end
     keep: int = 2  # how many checkpoints to keep, the newest
     log: Literal["", "tensorboard", "wandb"] = ""  # also log to an installed package
     started: float = 0.0  # when the run began, for templates that write the date: seconds since 1970; 0: now
@@ -201,7 +201,7 @@ def train(config, task, policies):
                 save_checkpoint(config, policies, progress)
             error.add_note(f"step {progress.step} is saved; to go on: train.py --resume {config.out}")
         raise
-    if progress.before and not after and saved_step != progress.step:
+    if progress.before and saved_step != progress.step:  # after an interrupt
         save_checkpoint(config, policies, progress)
     world.barrier()  # no process may leave while another one still saves
     if world.size > 1:
@@ -213,10 +213,12 @@ def train(config, task, policies):
 
 
 def save_due(config, step, saved_at):
-    """Whether to write a checkpoint after a step: every --save-every steps, or ten minutes after the last one."""
+    """Whether to write a checkpoint after a step: the last one, every --save-every, or ten minutes after the newest."""
     if config.save_every:
-        return step % config.save_every == 0
-    return time.monotonic() - saved_at > 600
+        regular = step % config.save_every == 0
+    else:
+        regular = time.monotonic() - saved_at > 600
+    return regular or step == config.steps
 
 
 def optimizer_steps(policies):
@@ -780,7 +782,7 @@ def load_checkpoint(config, policies, progress):
     folder = Path(config.out)
     checkpoints = checkpoints_in(folder)
     if not checkpoints and len(list(folder.glob("agent_*[0-9]"))) == config.num_agents:
-        said = f"it has ended without a checkpoint; --agents {folder} starts a new run from it"
+        said = f"it has ended, and its checkpoints are gone; --agents {folder} starts a new run from it"
         raise UserError(f"--resume {folder}: {said}")
     for policy in policies if checkpoints else []:
         file = checkpoints[-1] / f"agent_{policy.agents[0]}.pt"
