@@ -117,17 +117,17 @@ MAX_ANSWER = 50_000  # characters of an answer that are read
 START = re.compile(
     r"(async +)?def +\w|class +\w+ *[:(]|@\w|import +[\w.]+( +as +\w+)? *([,;#]|$)|from +[\w.]+ +import "
 )
-# One that starts code, but only before the first definition.
-SETUP = re.compile(
-    r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:|"
-    r"[^\W\d]\w* *: *(int|float|str|bool|bytes|list|dict|set|tuple|List|Dict|Set|Tuple)\b[^=]* = "
-)
+# An assignment with a type. Prose, such as "Note: x = 1", has none of these after the colon.
+TYPED = r"[^\W\d]\w*\ *:\ *(int|float|str|bool|bytes|list|dict|set|tuple|List|Dict|Set|Tuple)\b[^=]*\ =\ "
+# A line that starts code, but only before the first definition.
+SETUP = re.compile(r"[^\W\d]\w*( *, *[^\W\d]\w*)* *=|try:|" + TYPED)
 # One that continues code.
 MORE = re.compile(
     rf"""({"|".join(keyword.kwlist)}|match|case|print)\b  # a statement
     | [\#@"')\]}}]  # a comment, a decorator, a string, the end of a bracket
     | [^\W\d][\w.]*(\[.*\])?(\ *,\ *[\w.]+)*\ *([-+*/%&|^]|//|\*\*|<<|>>)?=  # an assignment
-    | [a-z_]\w*\ *:.*=  # one with a type
+    | {TYPED}
+    | [a-z_]\w*\ *:.*=  # one with any type
     | [^\W\d][\w.]*\((.*[\])}}(,])?\s*(\#.*)?$  # a call
     """,
     re.VERBOSE,

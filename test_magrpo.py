@@ -111,7 +111,8 @@ def build_tokenizer(words=WORDS):
 
 def build_policy(family="llama", agents=(0,), seed=0, *, lr=None, stop_ids=None, model=None, **options):
     """A policy that trains if it is given a learning rate."""
-    model, cfg = model or build(family, seed), Settings(lr=lr or 1.0)
+    # With a rank of 16, alpha / r would be 2 in all tests.
+    model, cfg = model or build(family, seed), Settings(lr=lr or 1.0, rank=4)
     policy = Policy(model, build_tokenizer(), agents, cfg, train=lr is not None, **options)
     if stop_ids is not None:
         policy.stop_ids = list(stop_ids)
@@ -305,7 +306,7 @@ def test_a_model_that_waits_for_the_gpu_draws_the_same_without_graphs(gpu):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 def test_a_gpu_learns_what_the_cpu_learns(dtype, tolerance, gpu):
-    """Only tests on a CPU had run: a tensor that stayed behind there ended the first step on a GPU."""
+    """A tensor left on the CPU ended the first step on a GPU; all tests had run on CPUs."""
     gradients, turns = [], grow(build_policies(), turns=2)
     for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
         policies = []
@@ -353,7 +354,7 @@ def test_any_stop_id_ends_a_row_and_belongs_to_it():
     assert len(last & set(policy.stop_ids)) > 3, "several stop ids took part"
 
 
-def test_stop_token_is_trained():
+def test_the_stop_token_is_trained():
     """The sampled stop token was dropped or masked, so the policy could never learn when to stop."""
     policy = build_policy(lr=1e-3, stop_ids=STOPS)
     (group,) = draw(policy, PROMPTS[:1], group=64, max_new_tokens=10)
@@ -418,6 +419,23 @@ def test_one_token_of_each_row_gets_the_same_product(bias):
     assert close(*gradients, 1e-5)
 
 
+def test_every_stop_id_of_a_model_is_known(tmp_path):
+    """Only the first of several stop ids was read, or only the tokenizer's: answers ran on into the next turn."""
+    model = build()
+    model.generation_config.eos_token_id = [1, 7]
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    (policy, _) = train.load_policies(train.Config(model=str(tmp_path)))
+    assert policy.stop_ids == [1, 7]
+
+
+def test_a_chat_prompt_ends_where_the_answer_begins():
+    """Without the generation prompt, the model writes the header of its own message first."""
+    policy = build_policy()
+    policy.tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %} then{% endif %}"
+    assert policy.tokenizer.decode(policy.encode("dog")).split() == ["dog", "then"]
+
+
 # ---------------------------------------------------------------- attention of a group
 
 
@@ -471,11 +489,11 @@ def test_a_sliding_window_is_the_context():
             assert magrpo.fit_prompt(policy, task, 0, node, cfg) == ([5] * 15, 0)
 
 
-def test_what_samples_otherwise_than_it_scores_is_refused(monkeypatch):
+@pytest.mark.parametrize(("kind", "name"), [(magrpo.GroupCache, "attend_next"), (MicroBatch, "attend_all")])
+def test_what_samples_or_scores_otherwise_is_refused(monkeypatch, kind, name):
     """The start-up check scored, and did not sample: what only decoding got wrong came to light later."""
-    wrong = magrpo.GroupCache.attend_next
-    changed = lambda self, layer, query, *args: wrong(self, layer, query * 1.1, *args)  # noqa: E731
-    monkeypatch.setattr(magrpo.GroupCache, "attend_next", changed)
+    right = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, layer, query, *args: right(self, layer, query * 1.1, *args))
     with pytest.raises(UserError, match="does not reproduce"):
         build_policy()
 
@@ -596,8 +614,21 @@ def test_the_reference_of_adapters_is_the_model_without_them():
     later = [token_logprobs(p, batch_of(policy, groups), cfg) for p in (policy, policy.reference)]
     assert torch.equal(later[1], at_first[1]) and not close(later[0], at_first[0], 0.1)
     assert not later[1].requires_grad
+    turns = grow([policy], advantage="raw")
+    [[(expected, _)]] = steps_of([policy], turns, kl=0.1)
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert steps_of([policy], grow([policy], advantage="raw"), kl=0.1), "computed again in the backward pass"
+    [[(again, _)]] = steps_of([policy], turns, kl=0.1)
+    assert close(again, expected), "computed again in the backward pass"
+
+
+def test_every_adapter_starts_at_random_numbers_of_its_own():
+    """Agents, layers and seeds that start alike look for the same update."""
+    starts = []
+    for seed in (0, 1):
+        policy = Policy(build(), build_tokenizer(), [0, 1], Settings(seed=seed), adapters=[{}, {}])
+        for down in policy.trained[::2]:
+            starts += [tuple(down[agent].flatten()[:64].tolist()) for agent in (0, 1)]
+    assert len(set(starts)) == len(starts) > 20
 
 
 # ---------------------------------------------------------------- random numbers
@@ -672,6 +703,17 @@ def test_same_seed_same_run():
 
     (first, weights), (again, same), (other, _) = run(0), run(0), run(1)
     assert first == again and torch.equal(weights, same) and first != other
+
+
+def test_no_two_groups_of_a_run_share_their_random_numbers():
+    """A stream that leaves out the step, the turn, the agent or the branch: answers repeat each other's luck."""
+    policies, streams = build_policies(lr=1e-3), []
+    options = {"turns": 3, "group": 2, "joint": "crossed", "max_new_tokens": 1}
+    for number in (1, 2):
+        turns, _ = step(policies, Toy(lambda texts: 1.0), ITEMS[:2], number, **options)
+        for nodes in turns:
+            streams += [group.stream for node in nodes for group in node.groups.values()]
+    assert len(set(streams)) == len(streams) == 2 * 2 * 2 * (1 + 4 + 16)
 
 
 # ---------------------------------------------------------------- credit
@@ -760,6 +802,37 @@ def test_equal_rewards_cost_nothing_and_change_nothing(kind):
     assert alone.tolist() == [[0.0], [0.0]], "a group of one has no NaN"
 
 
+BY_KIND = {"mean": [-2, -1, 0, 3], "rloo": [-8 / 3, -4 / 3, 0, 4], "max": [-5, -4, -3, 0], "raw": [0, 1, 2, 5]}
+BY_KIND["std"] = (np.array(BY_KIND["mean"]) / 3.5**0.5).tolist()
+
+
+@pytest.mark.parametrize("kind", BY_KIND)
+def test_every_advantage_by_hand(kind):
+    """Only "std" and "mean" were computed by hand: "rloo" could forget its factor, "max" its baseline."""
+    for far in [0] if kind == "raw" else [0, 1e4]:
+        returns = torch.tensor([0.0, 1.0, 2.0, 5.0]).double() + far
+        found = magrpo.group_advantages(returns, torch.arange(4)[:, None], settings(advantage=kind))
+        assert found[0].tolist() == pytest.approx(BY_KIND[kind], rel=1e-5)
+
+
+def test_the_mean_decides_whether_a_node_is_good_enough():
+    """The best joint action could stand for all, or a mean that is just reached end the item."""
+    rewards = [{"total": 1}, {"total": 5}]
+    node = magrpo.Node("dog", 0, texts={0: ["a", "b"]}, pairing=torch.arange(2)[:, None], rewards=rewards)
+    assert len(magrpo.continue_node(Toy(num_agents=1), node, settings(stop_above=3))) == 2
+    assert magrpo.continue_node(Toy(num_agents=1), node, settings(stop_above=2.9)) == []
+
+
+def test_a_reward_knows_what_was_said_before():
+    """A reward that compares the turns got the history of another path, or none."""
+    task, jobs = Toy(), []
+    task.rewards = lambda some: jobs.extend(some) or [{"total": 0.0}] * len(some)
+    turns = grow(build_policies(), task, ["dog"], group=2, turns=2)
+    nodes = [node for nodes in turns for node in nodes]
+    assert jobs == [(node.item, node.history, node.joint_texts(k)) for node in nodes for k in range(2)]
+    assert len(jobs) == 6 and jobs[-1][1]
+
+
 # ---------------------------------------------------------------- loss and update
 
 BY_HAND = [  # advantage, ratio to the old policy, clip_eps_high, kl, loss, gradient of the log-probability
@@ -808,6 +881,34 @@ def test_micro_batches_change_no_gradient_and_lose_no_row(normalize):
                 else:
                     assert values.sum().item() == pytest.approx(1)
             assert not close(steps[0][0], steps[1][0], 0.1), "two different minibatches"
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token", "constant"])
+def test_the_weight_of_every_token_by_hand(normalize):
+    """Every completion counts in the divisor, also those of a flat group; turns that were not played do not."""
+    groups = groups_of(grow([build_policy()]), [0])
+    groups[0].advantage.zero_()
+    magrpo.set_weights(groups, settings(num_agents=1, turns=3, normalize=normalize))
+    lengths = torch.cat([group.mask.sum(1) for group in groups])
+    assert len(lengths.unique()) > 2
+    for group in groups:
+        own = group.mask.sum(1, keepdim=True)
+        divisor = {"sequence": own * len(lengths), "token": lengths.sum(), "constant": 6 * len(lengths)}[normalize]
+        assert torch.allclose(group.weight, group.mask / divisor)
+
+
+def test_the_kl_penalty_pulls_to_the_reference_also_where_rewards_are_equal():
+    """A flat group has no advantage, and yet something to learn: it was left out, or scored by its own policy."""
+    policy = build_policy(lr=1e-3)
+    policy.reference = build_policy(seed=1)
+    turns = grow([policy], Toy(lambda texts: 1.0))
+    own, reference, loss, rows = build().eval(), build(seed=1).eval(), 0, rows_of(groups_of(turns, [0]))
+    for prompt, tokens in rows:
+        d = one_by_one(reference, prompt, tokens, 0.7).detach() - one_by_one(own, prompt, tokens, 0.7)
+        loss = loss + 0.3 * (d.exp() - d - 1).mean() / len(rows)
+    loss.backward()
+    [[(gradient, _)]] = steps_of([policy], turns, kl=0.3)
+    assert close(gradient, torch.cat([p.grad.flatten() for p in own.parameters()]))
 
 
 def test_zero_minibatches_are_one_for_each_item():
@@ -888,9 +989,71 @@ def test_second_epoch_is_clipped_against_the_sampler(monkeypatch):
     assert torch.equal(first, first_old) and torch.equal(second_old, group.logp) and not torch.equal(first, second)
 
 
+def test_from_the_second_minibatch_on_the_ratio_is_that_to_the_sampler(monkeypatch):
+    """The policy has moved after its first step, whether or not an epoch has ended."""
+    policies, seen, loss = [build_policy(lr=1e-3)], [], magrpo.policy_loss
+    turns = grow(policies, items=ITEMS[:2])
+    for group in groups_of(turns, [0]):
+        group.logp -= 0.01 * group.mask  # marked, to tell the sampler's numbers from the scorer's
+    monkeypatch.setattr(magrpo, "policy_loss", lambda *args: seen.append(args[:2]) or loss(*args))
+    fit(policies, turns, minibatches=2)
+    assert [torch.equal(logp, old) for logp, old in seen] == [True, False]
+    assert torch.equal(seen[1][1], groups_of(turns, [0])[1].logp)
+
+
+def test_epochs_are_whole_passes_one_after_the_other():
+    """Each minibatch was repeated at once: 0, 0, 1, 1 in place of 0, 1, 0, 1."""
+    policy = build_policy(lr=1e-3)
+    turns = grow([policy], advantage="raw")
+    (steps,) = steps_of([policy], turns, minibatches=2, epochs=2)
+    assert [sum(map(len, weights)) for _, weights in steps] == [12, 8, 12, 8]
+
+
+def test_the_gradient_of_each_agent_is_clipped_to_the_norm(monkeypatch):
+    """One large gradient moved all weights; or the norm of all agents together scaled each of them."""
+    policy, norms = build_adapters(), []
+
+    def step_of_optimizer():
+        for masters in policy.masters.values():
+            norms.append(torch.cat([master.grad.flatten() for master in masters]).norm().item())
+
+    monkeypatch.setattr(policy.optimizer, "step", step_of_optimizer)
+    _, metrics = step([policy], max_grad_norm=1e-3)
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
+    assert min(metrics["grad_norm/agent_0"], metrics["grad_norm/agent_1"]) > 1e-2, "logged as they were"
+
+
+def test_no_gradient_outlives_its_step():
+    """A gradient that was left behind would be added to that of the next step."""
+    for policies in (build_policies(lr=1e-3), build_policies(lr=1e-3, dtype=torch.bfloat16), [build_adapters()]):
+        step(policies)
+        for policy in policies:
+            assert all(p.grad is None for p in [*masters_of(policy), *policy.model.parameters()])
+
+
+def test_masters_are_the_weights_before_rounding():
+    """Masters that were copied after the model had been rounded began at bfloat16 numbers."""
+    policy = build_policy(lr=1e-3, dtype=torch.bfloat16)
+    assert all(map(torch.equal, masters_of(policy), build().parameters()))
+
+
+def test_agent_ten_is_not_agent_one():
+    """--frozen 10 froze agents 1 and 0 as well, whose numbers are in it."""
+    _, metrics = step(build_policies(lr=1e-3), frozen="10")
+    assert {"grad_norm/agent_0", "grad_norm/agent_1"} <= set(metrics)
+
+
+def test_only_a_rollout_may_be_dropped():
+    """An interrupt in the middle of an update would leave agents that have learned beside others that have not."""
+    policy, seen = build_policy(lr=1e-3), {False: set(), True: set()}
+    policy.model.register_forward_pre_hook(lambda *_: seen[torch.is_grad_enabled()].add(magrpo.world.may_stop))
+    step([policy], Toy(num_agents=1))
+    assert seen == {False: {True}, True: {False}} and not magrpo.world.may_stop
+
+
 @pytest.mark.parametrize(("joint", "frozen"), [("aligned", False), ("crossed", False), ("aligned", True)])
 def test_two_agents_learn_what_neither_can_win_alone(joint, frozen):
-    """Every part can be right while an agent learns from the other's advantages: then rewards stay near 1 in 4."""
+    """All parts were right, but an agent learned from the other's advantages, and rewards stayed near 1 in 4."""
 
     def score(texts):
         return sum(WORDS.index(text) if text else 1 for text in texts) % 4 == 0
@@ -928,7 +1091,7 @@ def merged(monkeypatch, metrics):
     return metrics[0].of_all_processes()
 
 
-def test_processes_without_items_make_sampling_no_faster(monkeypatch):
+def test_idle_processes_do_not_raise_tokens_per_second(monkeypatch):
     """With one held-out item and two processes, the table showed twice the tokens per second that there were."""
     monkeypatch.setattr(magrpo.world, "num_replicas", 2)
     turns, both = grow([build_policy()], items=ITEMS[:1]), [Metrics(), Metrics()]
@@ -954,6 +1117,38 @@ def test_metrics_of_processes_merge_like_those_of_one(monkeypatch):
     assert merged(monkeypatch, parts) == pytest.approx(expected)
 
 
+def test_the_clip_fraction_by_hand():
+    """Tokens count as clipped only where the clip stops them: good ones that rose, bad ones that fell."""
+    rows = [(1, 1.5)] + [(-1, 0.5)] * 2 + [(-1, 1.5)] * 4 + [(1, 0.5)] * 8  # advantage, ratio
+    advantage, ratio = (torch.tensor(column).float()[:, None] for column in zip(*rows, strict=True))
+    batch = SimpleNamespace(logp=torch.zeros(15, 1), advantage=advantage, mask=torch.ones(15, 1, dtype=torch.bool))
+    metrics = Metrics()
+    magrpo.record_ratio(metrics, ratio.log(), batch, settings(), False)
+    expected = {"clip_fraction": 3 / 15, "approx_kl": (ratio - 1 - ratio.log()).mean().item()}
+    assert metrics.of_all_processes() == pytest.approx(expected)
+
+
+def test_a_peak_is_the_largest():
+    """The last value, or the smallest, hid the one that matters."""
+    metrics = Metrics()
+    for value in (-2, -1, -3):
+        metrics.peak("peak", value)
+    assert metrics.of_all_processes() == {"peak": -1}
+
+
+def test_an_evaluation_in_parts_is_the_same():
+    """With more held-out items than fit into one rollout, the last part stood for all."""
+    policies, cfg = build_policies(), settings(num_agents=2, eval_group=3, joint="crossed")
+    whole, expected = magrpo.evaluate(policies, Toy(), ITEMS, cfg)
+    assert [len(node.rewards) for node in whole[0]] == [3] * 5, "the g-th answers, whatever --joint is"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(magrpo, "AT_ONCE", 2)
+        first, metrics = magrpo.evaluate(policies, Toy(), ITEMS, cfg)
+    assert [node.item for node in first[0]] == ITEMS[:2]
+    for metric in expected.keys() - {"rollout_s", "sample_tokens_per_s"}:
+        assert metrics[metric] == pytest.approx(expected[metric])
+
+
 # ---------------------------------------------------------------- tasks and data
 
 
@@ -972,7 +1167,7 @@ def test_data_that_ships_is_what_it_says(name, field, at_least, words, held_out)
 
 
 def test_coding_has_the_papers_split_and_a_role_for_each_agent():
-    """The problems between the two splits, or one of the other split, were trained on."""
+    """Training used held-out problems, or those that the paper leaves out."""
     problems = list(human_eval().values())
     for num_agents, names in {1: ["aux"], 2: ["aux", "fib"], 4: ["aux", "aux2", "aux3", "fib"]}.items():
         task = tasks.TASKS["coding"](num_agents)
@@ -1023,7 +1218,7 @@ def test_one_agents_parts_are_parted_by_an_empty_line_and_earn_what_two_agents_d
     assert single.reward({}, [], [first + second])["total"] == 0
 
 
-def test_example_task_of_the_docstring_trains(tmp_path):
+def test_the_example_in_the_docstring_of_tasks_trains(tmp_path):
     """The example in the documentation had not been run since the interface changed."""
     example = re.search(r"^    from tasks import Task.*", tasks.__doc__, re.MULTILINE | re.DOTALL)[0]
     assert len(example.splitlines()) <= 15
@@ -1077,7 +1272,7 @@ class Repeat(tasks.Task):
 
 
 @pytest.mark.parametrize("feedback", ["plain", "level"])
-def test_a_task_of_five_definitions_has_turns(feedback):
+def test_a_minimal_task_works_over_several_turns(feedback):
     """A fork's task lacked a method that the coding task had brought, and fell over in its second turn."""
     turns, metrics = step(build_policies(lr=1e-3), Repeat(2, None, feedback), ITEMS[:2], turns=2)
     task, history = Repeat(2, None, feedback), turns[1][0].history
@@ -1210,7 +1405,7 @@ def test_a_silent_agent_has_no_text_and_no_gradient(joint):
 
 
 @pytest.mark.parametrize("joint", ["aligned", "crossed"])
-def test_who_speaks_first_earns_what_the_answers_to_it_earn(joint):
+def test_a_first_answer_earns_what_the_answers_to_it_earn(joint):
     """A silent agent's place in the table of joint actions must not change the credit of the others."""
     script = [[0, 0], [[1, 3], [5, 7]]]
     turns = grow(build_policies(), Relay(script=script), ["dog"], group=2, turns=2, joint=joint, discount=1.0)
@@ -1258,7 +1453,7 @@ def test_a_sequence_is_rewarded_when_all_have_answered():
     assert texts == [["old", "answer"], ["new", "answer"]]
 
 
-def test_a_sequence_that_is_too_long_loses_whole_rounds():
+def test_a_sequential_history_is_shortened_by_whole_rounds():
     """Without one turn, another agent would speak: the prompt counted as too long, or its feedback fell over."""
     task, policy = Repeat(3, protocol="sequential"), build_policy()
     history = []
@@ -1364,13 +1559,15 @@ REPLIES = {  # model -> status, content
 @pytest.fixture
 def expert_server(monkeypatch):
     """A server at a free port of this machine: its URL, and what it was asked as (headers, body)."""
-    asked = []
+    asked, together = [], threading.Barrier(12)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, dict(self.headers), body))
             status, content = REPLIES[body["model"].split("/")[0]]
+            if "together" in body["model"]:
+                together.wait(20)  # raises if the other requests are not open at the same time
             if "second try" in body["model"] and [each["messages"] for *_, each in asked].count(body["messages"]) == 1:
                 status = 503
             reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
@@ -1390,7 +1587,7 @@ def expert_server(monkeypatch):
         def handle(self):
             try:
                 super().handle()
-            except OSError:  # the client did not wait
+            except (OSError, threading.BrokenBarrierError):  # the client did not wait, or came alone
                 pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -1407,10 +1604,9 @@ def expert_server(monkeypatch):
 def test_an_expert_that_fails_costs_only_its_advice(expert_server, capsys, model):
     """A gateway's HTML, an empty answer, a server that sent a byte a second: the run ended, or waited for ever."""
     url, asked = expert_server
-    expert, start = tasks.Expert(url, model, 1.5), time.monotonic()
-    advice = expert.advise(["one", "two", "three"], 2)
+    advice = tasks.Expert(url, model, 1.5).advise(["one", "two", "three"], 2)
     printed = capsys.readouterr()
-    assert time.monotonic() - start < 8 and KEY not in printed.out + printed.err
+    assert KEY not in printed.out + printed.err
     if model == "good":
         assert advice == [["Use more words.", "- Use fewer words.\n- Say because."]] * 3 and not printed.err
         path, headers, body = asked[0]
@@ -1424,13 +1620,12 @@ def test_an_expert_that_fails_costs_only_its_advice(expert_server, capsys, model
 def test_requests_go_out_together_and_are_tried_again(expert_server):
     """A turn of thirty nodes waited thirty times; one busy moment of the server cost the advice."""
     url, asked = expert_server
-    questions, start = [f"question {i}" for i in range(12)], time.monotonic()
+    questions = [f"question {i}" for i in range(12)]
     assert None not in tasks.Expert(url, "good/second try", 60).advise(questions, 2) and len(asked) == 24
-    assert None not in tasks.Expert(url, "slow", 60).advise(questions, 2)
-    assert time.monotonic() - start < 30
+    assert None not in tasks.Expert(url, "good/together", 60).advise(questions, 2)
 
 
-def test_without_a_key_the_hub_token_stays_here(expert_server, monkeypatch):
+def test_the_hub_token_is_never_sent_to_an_expert(expert_server, monkeypatch):
     """The client library sent the user's own token of the Hub to whatever server was named."""
     url, asked = expert_server
     monkeypatch.delenv("EXPERT_API_KEY")
@@ -1468,7 +1663,7 @@ def test_guided_learning_starts_at_its_step_and_leaks_no_key(files, expert_serve
     assert train.read_lines(out / "metrics.jsonl")[-2]["expert/failed"] == 0
 
 
-def test_of_agents_that_live_apart_one_asks(monkeypatch):
+def test_with_layout_apart_only_one_process_asks_the_expert(monkeypatch):
     """Each agent's process asked the expert, and they went on with different histories."""
     node = magrpo.Node("dog", 0, history=[{"texts": ["a", "b"], "reward": {}}])
     monkeypatch.setattr(magrpo.world, "peer", 1)
@@ -1476,6 +1671,14 @@ def test_of_agents_that_live_apart_one_asks(monkeypatch):
     task = SimpleNamespace(expert=True, advise=lambda paths: pytest.fail("asked twice"))
     magrpo.ask_expert(task, [node], settings(), step=1)
     assert node.history[0]["advice"] == ["for a", "for b"]
+
+
+def test_advice_is_about_the_last_answers():
+    """Advice on the second answers was stored with the first, and read beside them."""
+    node = magrpo.Node("dog", 0, history=[{"texts": ["a"]}, {"texts": ["b"]}])
+    task = SimpleNamespace(expert=True, advise=lambda paths: [["more"]])
+    magrpo.ask_expert(task, [node], settings(), step=1)
+    assert node.history == [{"texts": ["a"]}, {"texts": ["b"], "advice": ["more"]}]
 
 
 # ---------------------------------------------------------------- train.py
@@ -1603,7 +1806,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("flags", RUNS)
-def test_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
+def test_a_run_keeps_what_it_promises(files, tmp_path, capsys, flags):
     """What was saved was not what had been evaluated: reloaded agents gave other numbers than the table had shown."""
     out, flags = tmp_path / "run", flags.format_map(files).split()
     assert train.main(arguments(files, out, *flags)) == 0
@@ -1683,7 +1886,7 @@ def test_templates_write_the_date_of_the_run(files, tmp_path):
     assert train.main([f"--resume={out}", "--steps=2"]) == 0
 
 
-def test_rows_of_other_forms_just_work(tmp_path):
+def test_chats_renamed_fields_and_mbpp_rows_are_read(tmp_path):
     """A chat was "missing", a list of asserts too, and MBPP's rows have no entry point."""
     chat = [{"role": "system", "content": "no"}, {"role": "user", "content": "the dog"}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
@@ -2127,7 +2330,7 @@ def test_data_may_begin_with_a_byte_order_mark(tmp_path):
     assert tasks.load_items(tmp_path / "data.jsonl", ["prompt"]) == [{"prompt": "dog"}]
 
 
-def test_a_class_of_ones_own_is_known_from_another_folder(tmp_path):
+def test_a_custom_task_is_recognised_by_its_class_name(tmp_path):
     """Its file has another path there, and the options of its run were dropped without a word."""
     (tmp_path / "my_task.py").write_text(MY_TASK)
     (tmp_path / "config.json").write_text(json.dumps(vars(train.Config(task="my_task.py:Couplet", eval_group=7))))
@@ -2274,7 +2477,7 @@ def test_processes_and_layouts_compute_the_same(ranks_runs, name):
     assert_same_run(out, one)
 
 
-def test_run_goes_on_with_another_number_of_processes(ranks_runs, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(ranks_runs, tmp_path):
     """A checkpoint could be read only by as many processes as had written it."""
     for name in ("one", "together 2", "apart 2"):
         shutil.copytree(ranks_runs[name], tmp_path / name)
@@ -2301,7 +2504,7 @@ FAULTS = {
 }
 
 
-def test_rank_that_fails_ends_the_job_and_is_named(files, fork, tmp_path):
+def test_a_rank_that_fails_ends_the_job_and_is_named(files, fork, tmp_path):
     """Rank 1 died in a reward, and rank 0 waited for its gradients until the night was over."""
     jobs = []
     for n, fault in enumerate(FAULTS):
@@ -2350,7 +2553,7 @@ def test_the_same_command_starts_a_run_and_goes_on_after_a_kill(files, fork, cal
     assert_equal_runs(out, calm_run)
 
 
-def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
+def test_a_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
     """The moments of Adam were lost, or a step was logged twice, or the damaged checkpoint was taken."""
     flags = ["--save-every=1", "--eval-every=2", "--dtype=bfloat16"]
     assert train.main(arguments(files, tmp_path / "whole", *flags, steps=3)) == 0
@@ -2369,8 +2572,76 @@ def test_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
     assert_equal_runs(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("flags", ["--dtype=bfloat16 --warmup=5", "--weights=adapters --warmup=5"])
+def test_a_run_goes_on_in_the_middle_of_its_warmup(files, tmp_path, flags):
+    """The count of steps began again, and with it the warmup; adapters had no such test at all."""
+    flags = ["--save-every=1", *flags.split()]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train.main(arguments(files, whole, *flags)) == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step_0000002")
+    assert train.main([f"--resume={part}"]) == 0
+    assert_equal_runs(part, whole)
+
+
+def test_a_run_keeps_its_newest_checkpoints(calm_run):
+    """--keep is 2: a long run filled the disk, or deleted the newest."""
+    assert [path.name for path in sorted((calm_run / "checkpoints").iterdir())] == ["step_0000003", "step_0000004"]
+
+
+def test_checkpoints_are_due_every_ten_minutes_or_steps(monkeypatch):
+    """A run of many hours and the default options saved nothing, and another one after every step."""
+    monkeypatch.setattr(train.time, "monotonic", lambda: 1600.5)
+    assert [train.save_due(train.Config(), 1, saved) for saved in (1000.0, 1001.0)] == [True, False]
+    every_two = train.Config(save_every=2, steps=5)
+    assert [train.save_due(every_two, step, 0.0) for step in range(1, 6)] == [False, True, False, True, True]
+
+
+def test_half_an_update_is_not_saved(files, tmp_path, monkeypatch):
+    """An error between the updates of two agents: one had learned from the step that the checkpoint did not count."""
+    real, calls = Policy.step, []
+
+    def fail(policy, *args):
+        calls.append(policy.agents)
+        if len(calls) == 4:  # agent 1's step in training step 2
+            raise ZeroDivisionError
+        return real(policy, *args)
+
+    monkeypatch.setattr(Policy, "step", fail)
+    with pytest.raises(ZeroDivisionError):
+        train.main(arguments(files, tmp_path / "run", minibatches=1, steps=6))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_options_of_the_algorithm_may_not_change():
+    """A run that goes on with another learning rate or group is another run."""
+    names = {field.name for field in train.dataclasses.fields(Settings)}
+    assert names & set(train.FREE_ON_RESUME) == {"steps", "micro_batch"}
+
+
+def test_an_evaluation_takes_all_that_matters_from_the_run(tmp_path):
+    """Agents that were trained at one temperature were evaluated at another, or read other prompts."""
+    changed = {"temperature": 0.5, "seed": 3, "max_new_tokens": 7, "dtype": "float32", "turns": 2, "eval_group": 5}
+    changed |= {"discount": 0.5, "history": "last", "feedback": "level"}
+    (tmp_path / "config.json").write_text(json.dumps(vars(train.Config(**changed))))
+    config = train.parse_args(["--eval-only", f"--agents={tmp_path}"])
+    assert {name: getattr(config, name) for name in changed} == changed
+
+
+def test_items_of_a_step_are_all_of_an_epoch_in_an_order_of_its_own():
+    """Every epoch had the same order, or every seed; or some items came twice and others never."""
+    orders = [tuple(range(12))]
+    for seed in (0, 1):
+        config = train.Config(prompts=4, seed=seed)
+        for epoch in (0, 1):
+            items = [train.items_of_step(range(12), config, 3 * epoch + number) for number in (1, 2, 3)]
+            orders.append(tuple(sum(items, [])))
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(orders)) == 5
+
+
 def test_resume_names_a_damaged_line_of_a_log(short_run, tmp_path, capsys):
-    """An editor left an empty line: a traceback about JSON."""
+    """An empty line in a log ended in a traceback about JSON."""
     out = shutil.copytree(short_run, tmp_path / "run")
     for damage in ("\n", "[]\n", '{"step"'):
         shutil.copy(short_run / "metrics.jsonl", out)
@@ -2444,9 +2715,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short_run, tmp_path, capsys, 
     assert [line["step"] for line in train.read_lines(out / "metrics.jsonl") if "reward" in line] == [1, 2, 3]
 
 
-def test_an_interrupt_drops_a_rollout_and_finishes_an_update(monkeypatch):
+def test_the_first_signal_is_noted_and_the_second_one_exits(monkeypatch):
     """A rollout of minutes was finished before anything was saved; torchrun kills after 30 seconds."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update({number: handler}))
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # also if pytest runs under nohup
     handlers = {}
     caught = train.catch_signals()
     assert set(handlers) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -2517,13 +2789,21 @@ def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
     assert "--out was" in refused(f"--out={tmp_path / 'other'}")
     grown = tmp_path / "grown.jsonl"
     grown.write_text(Path(files["posts"]).read_text() + "\n" + json.dumps({"prompt": "dog"}))
-    for change in ({"data": str(grown)}, {"model": files["gpt2"]}, {"model": files["thinking"]}):
+    changes = [{"data": str(grown)}, {"model": files["gpt2"]}, {"model": files["thinking"]}]
+    for n in (1, -1):  # an item of training alone, and one that is held out
+        rows = Path(files["posts"]).read_text().splitlines()
+        rows[n] = json.dumps({"prompt": "dog"})
+        (tmp_path / f"changed{n}.jsonl").write_text("\n".join(rows))
+        changes.append({"data": str(tmp_path / f"changed{n}.jsonl")})
+    for change in changes:
         (out / "config.json").write_text(json.dumps(config | change))
         assert "data, prompts or tokenizer have changed" in refused()
     broken = {"[]": "config.json", '{"task": ': "config.json", '{"tusk": 1}': "tusk", '{"steps": "two"}': "two"}
     for text, message in {**broken, '{"task": "gone"}': "gone"}.items():
         (out / "config.json").write_text(text)
         assert message in refused()
+    (out / "config.json").write_text(json.dumps(config | {"weights": "adapters"}))
+    assert "--layout was together, not apart" in refused("--layout=apart"), "adapters have a file each, or one"
     (out / "config.json").unlink()
     assert "no run there" in refused()
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
@@ -2618,7 +2898,7 @@ def test_out_of_memory_says_what_helps(short_run, tmp_path, capsys, monkeypatch,
     assert all(word in line for word in ("memory", "--micro-batch", "--checkpointing", "--max-new-tokens"))
 
 
-def test_what_nccl_says_is_not_hidden():
+def test_nccl_errors_keep_their_traceback():
     """Every error of NCCL was called a process that has gone, and its cause was lost."""
     assert train.explain(torch.distributed.DistBackendError("NCCL error, unhandled system error")) is None
 
@@ -2702,6 +2982,24 @@ def test_tldr_counts_connectives_in_the_second_answer_and_arxiv_in_both():
     assert rewards.tldr_reward(brief, longer)["vocabulary"] > 0
     assert rewards.tldr_reward(brief, longer)["coherence"] == 0
     assert rewards.tldr_reward(brief, longer + " Therefore")["coherence"] == pytest.approx(0.16)
+
+
+def test_the_bounds_of_a_text_belong_to_it_and_case_and_stop_words_do_not_count():
+    """8 and 256 words are allowed; "Alpha" and "alpha" are one word; two texts are not alike because of "the"."""
+    for count, structure in {7: 0, 8: 0.5, 256: 0.5, 257: 0}.items():
+        assert rewards.tldr_reward("dog " * count, "dog " * count)["structure"] == structure
+    first, second = "Alpha beta gamma delta " * 2 + "the", "alpha Beta Gamma Delta " * 3 + "the of and to it"
+    assert rewards.tldr_reward(first, second)["consistency"] > 0
+    first, second = "the of and to it is was in on", "the of and to it is was in on my we you our us me he she her"
+    parts = rewards.tldr_reward(first, second)
+    assert parts["consistency"] == 0 < parts["vocabulary"]
+
+
+def test_a_ratio_on_the_edge_earns_nothing_and_ends_nothing():
+    """Outside its range a ratio ends the hierarchy; on the edge it is worth 0, and the next levels count."""
+    first, second = (("x" * (length - 2 * 199) + " b" * 199) for length in (1000, 800))  # a ratio of 0.8
+    parts = rewards.arxiv_reward(first, second)
+    assert parts["length"] == 0 < parts["vocabulary"]
 
 
 @pytest.mark.parametrize("text", ["", " ", "!" * 99, "! " * 20, "\ud800 " * 20, "\0" * 9, "so " * 99_999])
@@ -2794,6 +3092,8 @@ def test_several_helpers_share_the_parts_of_one():
     assert rewards.code_reward(helpers, "def f(x):\n    return aux2(aux(x))", ITEM)["total"] == 4.0
     half = rewards.code_reward(helpers, "def f(x):\n    return aux(x) - 1", ITEM)
     assert (half["structure"], half["cooperation"]) == (1.0, 0.75)
+    dropped = rewards.code_reward(helpers, "def f(x):\n    aux(x)\n    return x + 1", ITEM)
+    assert dropped["cooperation"] == 0.25, "half of 1.5 for one of two, less 0.5"
     assert rewards.code_reward([helpers[0], "no"], "def f(x):\n    return aux(x) - 1", ITEM)["structure"] == 0.8
 
 
@@ -2823,7 +3123,10 @@ AROUND = [  # answers with the same code in them
     f"\ufeff{PURE}",
     f"ONE: int = 1\n\n{PURE.replace('+ 1', '+ ONE')}",
     f"import statements are not needed.\n{PURE}",
-    f"try:\n    import numpy\nexcept ImportError:\n    numpy = None\nA, B = 1, 2\n{PURE}",
+    f"{PURE}\n\nThis adds one.".replace("\n", "\r"),
+    f"try:\n    ONE = 1\nexcept ImportError:\n    ONE = None\nA, B = 1, 2\n{PURE.replace('+ 1', '+ ONE')}",
+    f"class A:\n    one = 1\n\n{PURE.replace('+ 1', '+ A.one')}",
+    f"{PURE.replace('+ 1', '+ ONE')}\n\nONE: int = 1",
     'def f(x):\n    """\nReturn the next number.\n    """\n    größe = x\n    return größe + 1',
     f"{PURE}\n\nTABLE = {{\n    1: 2,\n}}\nTABLE[2] = f(2)\nprint(f(3))\nif __name__ == '__main__':\n    f(1)",
     *(
@@ -2853,17 +3156,30 @@ def test_a_docstring_or_comment_that_says_return_returns_nothing():
     """Copying the problem would earn the structure part: docstrings of many problems say what is returned."""
     for body in ('"""Return x."""\n    pass', "# return x\n    print('return')", '"""Return'):
         assert rewards.code_reward(AUX, f"def f(x):\n    {body}", ITEM)["total"] == 0.4, body
+    other = "def f(x):\n    pass\ndef g(x):\n    return x"
+    assert rewards.code_reward(AUX, other, ITEM)["total"] == 0.4, "the return of another function"
     hashes = "def f(x):\n    if x == '#': return 6\n    return x + 1"
     assert rewards.code_reward(AUX, hashes, ITEM)["structure"] == 1.0
 
 
 def test_no_answer_keeps_the_trainer_busy_with_reading():
     """Its own regular expressions read hostile text: one that went back took half a minute for the first of these."""
-    for unit in ('\\"', "'\\", '"' * 3, "    ```\n", " def f(\n", "a,", "x[", "f(", ") ", "#", "\n]", "x: "):
-        text = "def f(x):\n    return 1\n" + unit * (rewards.MAX_ANSWER // len(unit))
-        assert rewards.code_reward(text, text.replace("f", "g"), ITEM)["total"] == 0.0
-    for unit in ("\n", " ", "\t", " \n", "\n x", "\n return "):
-        rewards.extract_code(unit * (rewards.MAX_ANSWER // len(unit)) + " x")
+
+    def give_up(*_):
+        raise TimeoutError("reading has used ten seconds of CPU")
+
+    usual = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)  # of this process, so a busy machine does not matter; it needs one
+    try:
+        for unit in ('\\"', "'\\", '"' * 3, "    ```\n", " def f(\n", "a,", "x[", "f(", ") ", "#", "\n]", "x: "):
+            text = "def f(x):\n    return 1\n" + unit * (rewards.MAX_ANSWER // len(unit))
+            assert rewards.code_reward(text, text.replace("f", "g"), ITEM)["total"] == 0.0
+        for unit in ("\n", " ", "\t", " \n", "\n x", "\n return "):
+            rewards.extract_code(unit * (rewards.MAX_ANSWER // len(unit)) + " x")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, usual)
+    assert len(rewards.extract_code(PURE + "\n# more" * rewards.MAX_ANSWER)) <= rewards.MAX_ANSWER
 
 
 def test_a_helper_that_nobody_wrote_is_not_used():
@@ -2873,7 +3189,7 @@ def test_a_helper_that_nobody_wrote_is_not_used():
     assert rewards.code_reward("aux = lambda x: x", main, ITEM)["cooperation"] == 1.5
 
 
-def test_a_test_that_catches_everything_does_not_pass_a_lost_guest():
+def test_a_bare_except_does_not_hide_a_dead_or_hanging_answer():
     """`except:` hears the alarm, too. And the next test is judged by itself: no late reply is taken for its own."""
     prepare = "for x in (0, 0):\n    try:\n        candidate(x)\n        ok = False\n    except:\n        ok = True"
     item = make_item(prepare, "assert ok", "assert candidate(1) == 2")
@@ -2882,7 +3198,7 @@ def test_a_test_that_catches_everything_does_not_pass_a_lost_guest():
         assert outcomes(result) == [outcome, "passed"]
 
 
-def test_a_call_that_fails_between_two_tests_fails_the_second_one():
+def test_a_failed_call_fails_the_test_that_depends_on_it():
     """It saw the result of the call before, and passed."""
     item = make_item(
         "r = candidate(1)", "assert r == 1", "r = candidate(2)", "assert r == 1", "assert candidate(3) == 1"
@@ -3023,7 +3339,7 @@ def test_imports_inside_the_function_of_the_prompt_are_given():
     assert rewards.code_reward(AUX, "def f(x):\n    return math.isqrt(x)", item)["passed"] == 1.0
 
 
-def test_a_body_is_the_function_that_the_prompt_began():
+def test_an_answer_may_continue_the_function_of_the_prompt():
     """A base model goes on where its prompt ends: right answers had no definition, and earned nothing."""
     item = make_item("assert candidate(4) == 5", prompt="def f(x: int):\n    # add one\n")
     reward = rewards.code_reward("    return x + 1", "\n    y = aux(x)\n    return int(y)\n\nThis adds one.", item)
@@ -3197,7 +3513,7 @@ def test_the_table_is_not_vacuous():
     assert rewards.code_reward(AUX, honest, HOSTILE_ITEM)["passed"] == 1.0
 
 
-def test_the_answer_is_nobody_and_sees_nothing():
+def test_sandboxed_code_has_no_user_files_or_environment():
     """Where namespaces are to be had: another user if the trainer is root, no files, no environment, no descriptor."""
     if not all(sandbox.judge.isolation().values()):
         pytest.skip("this machine refuses namespaces")
@@ -3230,7 +3546,7 @@ def test_reduced_isolation_still_judges(reduced, own_temp):
     assert judges_alive() == [] and places() == []
 
 
-def test_a_judge_deep_in_c_is_ended(monkeypatch):
+def test_a_judge_stuck_in_c_code_is_killed(monkeypatch):
     """A test of the data set may do with a returned value what hears no alarm, e.g. sum up to it."""
     monkeypatch.setattr(sandbox.judge, "JOB_SECONDS", 3)  # of the trainer only: the judge has more seconds of CPU
     item = make_item("assert candidate(1) == 1", "assert sum(range(candidate(2))) == 0", "assert candidate(1) == 1")
@@ -3313,7 +3629,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("script", ["report", "compare"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_no_run_costs_a_script_one_line(short_run, tmp_path, monkeypatch, capsys, script, damage):
+def test_scripts_refuse_a_damaged_run_in_one_line(short_run, tmp_path, monkeypatch, capsys, script, damage):
     """Who mistypes a folder needs its name, not a traceback."""
     out = shutil.copytree(short_run, tmp_path / "run")
     DAMAGE[damage](out)
@@ -3422,6 +3738,8 @@ def test_a_run_says_how_much_it_is_and_shows_one_item_before_and_after(files, tm
         assert f"--- answer of agent 1 in turn 1\n{episode['texts'][1]}\n--- reward in turn 1: total" in end
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_0000002"]
     assert train.main([f"--resume={out}", "--steps=3"]) == 0, "a short run can go on, too"
+    when = [record["when"] for record in train.read_lines(out / "samples.jsonl") if "when" in record]
+    assert when == ["before", "after"], "once, at its new end"
 
 
 def test_an_agent_that_does_not_speak_is_shown_as_silent():
