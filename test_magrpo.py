@@ -1759,9 +1759,11 @@ def test_adapters_move_to_another_machine_and_other_kinds_are_refused(files, tmp
     note.write_text(json.dumps(there | {"lora_alpha": 16}))
     assert train.main(start) == 2 and "rank 16, lora_alpha 16; " in capsys.readouterr().err
     note.write_text(json.dumps(there))
-    kept = {name: tensor for name, tensor in load_file(tensors).items() if "q_proj" in name}
-    save_file(kept, tensors)
+    whole = load_file(tensors)
+    save_file({name: tensor for name, tensor in whole.items() if "q_proj" in name}, tensors)
     assert train.main(start) == 2 and "the adapter of agent 1 lacks 24 tensors" in capsys.readouterr().err
+    save_file({name: tensor[:, :1].contiguous() for name, tensor in whole.items()}, tensors)
+    assert train.main(start) == 2 and "the adapter of agent 1 lacks 28 tensors" in capsys.readouterr().err
 
 
 def test_resume_takes_the_command_of_the_first_start_with_its_automatic_values(files, tmp_path):
