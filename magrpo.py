@@ -94,7 +94,7 @@ def train_step(policies, task, items, cfg, step):
             groups += [node.groups[agent] for agent in policy.agents if agent in node.groups]
         update(policy, groups, len(items), cfg, metrics, step)
     metrics.add("update_s", time.perf_counter() - sampled)
-    record_rollout(metrics, turns, sampled - start, len(items))
+    record_rollout(metrics, task, turns, sampled - start, len(items))
     return turns, metrics.of_all_processes()
 
 
@@ -388,6 +388,16 @@ class Policy:
             self.reference = copy.copy(self)
             self.reference.bare = True
 
+    def checkpoint_layers(self, on):
+        """Whether the next call computes layers again in the backward pass, if --checkpointing has enabled that.
+
+        transformers does so in training mode. The modules inside a layer stay in evaluation mode: in training mode,
+        some compute something else, such as routers that add noise.
+        """
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = on
+
     def choose_adapters(self, groups, tokens):
         """Say whose tokens the next call of the model computes. tokens: how many of each group, a number or (B,)."""
         if self.adapters:
@@ -493,6 +503,7 @@ class Adapters:
 
     The A of all agents are stacked into one matrix, and so are the B. One product computes the columns of all
     agents, and a mask keeps those of the agent that a token belongs to. So one batch holds rows of different agents.
+    Experts that a mixture keeps in one tensor are no linear layers, and get no update.
     """
 
     alpha = 32
@@ -504,7 +515,8 @@ class Adapters:
         self.columns = None  # (tokens, N * r): 1 on the columns of each token's agent, else 0; None: the bare model
         model.requires_grad_(False)
         for name, layer in model.named_modules():
-            if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not model.get_output_embeddings():
+            # Not their subclasses: a router that is one returns more than a product.
+            if type(layer) in (torch.nn.Linear, Linear, Conv1D) and layer is not model.get_output_embeddings():
                 is_linear = isinstance(layer, torch.nn.Linear)  # GPT-2's Conv1D is the same with W^T
                 inputs, outputs = layer.weight.shape[::-1] if is_linear else layer.weight.shape
                 # A starts at random and B at zero, so the first update is that of B. Every agent's random numbers are
@@ -560,7 +572,7 @@ class Adapters:
     def peft_config(self):
         """What PEFT has to know to load the tensors, but for the name of the model."""
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank, "lora_alpha": self.alpha}
-        config["target_modules"] = sorted({name.rpartition(".")[2] for name in self.layers})
+        config["target_modules"] = sorted(self.layers)
         config["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in self.layers.values())
         return config
 
@@ -596,11 +608,12 @@ def without_thoughts(text):
 
 def prepare_layers(model):
     """Switch off dropout, and use the faster product for single tokens (see Linear)."""
+    model.eval()
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
-        # With dropout, the policy that is scored would not be the one that sampled. Some models call F.dropout with a
-        # rate that they store in an attribute of their own.
+        # With dropout, the policy that is scored would not be the one that sampled. Layers that are checkpointed are in
+        # training mode, and some call F.dropout with a rate that they store in an attribute of their own.
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
@@ -716,9 +729,11 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, *, 
     transformers forwards unknown keyword arguments, such as group_attend, from the call of the model to this function.
     There are three functions: GroupCache.read_prompts, GroupCache.attend_next and MicroBatch.attend_all. Each takes the
     layer's number, query (rows, heads, T, D), key and value (rows, Hkv, T, D), and a scale, and returns
-    (rows, T, heads, D). attention_mask is None: transformers makes none for an attention that it does not know.
+    (rows, T, heads, D). transformers makes no attention_mask for an attention that it does not know.
     """
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        unknown.append("a mask of its own")
     if unknown:
         raise UserError(f"this model's attention uses {', '.join(unknown)}, which magrpo.py does not implement")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -772,8 +787,8 @@ class GroupCache:
         The rows of a group, and the heads that share a key head, fold into one product with the prompt's keys.
         """
         if layer not in self.own:
-            shape = (*key.shape[:2], self.max_new_tokens, key.shape[3])
-            self.own[layer] = [key.new_zeros(shape), value.new_zeros(shape)]
+            size = (*key.shape[:2], self.max_new_tokens)
+            self.own[layer] = [key.new_zeros(*size, key.shape[3]), value.new_zeros(*size, value.shape[3])]
         for buffer, new in zip(self.own[layer], (key, value), strict=True):
             buffer.index_copy_(2, self.column, new)
         prompt_keys, prompt_values = self.prompt[layer]  # (B, Hkv, P, D)
@@ -790,9 +805,10 @@ class GroupCache:
         scores.masked_fill_(self.hidden[:, None, None, None, : P + S], float("-inf"))
         # Also for bfloat16, softmax adds up in float32.
         on_prompt, on_own = scores.softmax(-1).split([P, S], dim=-1)
-        out = (on_prompt.reshape(B, Hkv, G * share, P) @ prompt_values).view(B, Hkv, G, share, D).transpose(1, 2)
+        # -1: some models have values of another width than D.
+        out = (on_prompt.reshape(B, Hkv, G * share, P) @ prompt_values).view(B, Hkv, G, share, -1).transpose(1, 2)
         own = on_own.transpose(1, 2).reshape(BG, Hkv, share, S) @ own_values
-        return out.reshape(BG, 1, heads, D) + own.view(BG, 1, heads, D)
+        return out.reshape(BG, 1, heads, -1) + own.view(BG, 1, heads, -1)
 
 
 def pad_columns(parts):
@@ -863,7 +879,9 @@ def use_group_attention(policy):
     AttentionInterface.register("group", group_attention)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a kernel for each new length
     model = policy.model
-    training = model.training
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(f"magrpo.py does not implement layers of {', '.join(sorted(unknown))}")
     usual = model.config._attn_implementation
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -874,7 +892,7 @@ def use_group_attention(policy):
         sample(policy, groups, cfg)
         batch = MicroBatch(groups, slice(None), model.device)
         found = torch.stack([batch.logp, token_logprobs(policy, batch, cfg)])
-        model.eval().set_attn_implementation(usual)
+        model.set_attn_implementation(usual)
         expected = torch.zeros_like(batch.logp)
         for b, prompt in enumerate([ids[:3], ids[3:]]):
             tokens = batch.tokens[2 * b : 2 * b + 2]
@@ -882,7 +900,7 @@ def use_group_attention(policy):
             policy.choose_adapters(groups[:1], rows.numel())
             logits = model(rows, use_cache=False).logits[:, len(prompt) - 1 : -1]
             expected[2 * b : 2 * b + 2] = log_policy(logits, 1.0).gather(2, tokens[..., None])[..., 0]
-        model.train(training).set_attn_implementation("group")
+        model.set_attn_implementation("group")
     except Exception as error:  # ours, and whatever unsupported models raise
         if out_of_memory(error):
             raise
@@ -902,8 +920,7 @@ def sample(policy, groups, cfg):
     """
     model = policy.model
     device = model.device
-    training = model.training
-    model.eval()  # in training mode, gradient checkpointing would be on
+    policy.checkpoint_layers(False)  # it looks at the state of random numbers, which no CUDA graph allows
     shape = cfg.group, cfg.max_new_tokens
     draws = [np.random.default_rng(group.stream).random(shape, np.float32) for group in groups]
     uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (BG, C): one number decides each token
@@ -911,7 +928,9 @@ def sample(policy, groups, cfg):
     cache = GroupCache(prompts, cfg.max_new_tokens)
     world.may_stop = True
     policy.choose_adapters(groups, torch.tensor(prompts.lengths))
-    call = {"position_ids": prompts.places[prompts.real][None], "use_cache": False, "logits_to_keep": 1}
+    # logits_to_keep is an index: for a number, some models leave out tokens whose keys and values we need.
+    call = {"position_ids": prompts.places[prompts.real][None], "use_cache": False}
+    call["logits_to_keep"] = torch.tensor([0], device=device)
     model(prompts.ids[prompts.real][None], **call, group_attend=cache.read_prompts)  # in one row, without padding
 
     policy.choose_adapters(groups, cfg.group)
@@ -944,7 +963,6 @@ def sample(policy, groups, cfg):
             break
         if repeat is step and policy.graphs and length < cfg.max_new_tokens:
             repeat = as_graph(step, policy)
-    model.train(training)
     world.may_stop = False
     if not torch.isfinite(logps[:, :length]).all():
         raise FloatingPointError("the probabilities that the policy samples from are not finite")
@@ -1009,8 +1027,10 @@ def token_logprobs(policy, batch, cfg):
     places = prompts.opener_place + torch.arange(C, device=before.device)  # (BG, C)
     tokens = torch.cat([prompts.ids, before.view(len(prompts.ids), -1)], 1)  # (B, P + G * C): one row for each group
     places = torch.cat([prompts.places, places.view(len(prompts.ids), -1)], 1)
-    call = {"position_ids": places, "use_cache": False, "logits_to_keep": BG * C // len(tokens)}
+    answers = torch.arange(prompts.ids.shape[1], tokens.shape[1], device=tokens.device)  # an index, as in sample
+    call = {"position_ids": places, "use_cache": False, "logits_to_keep": answers}
     policy.choose_adapters(batch.groups, tokens.shape[1])
+    policy.checkpoint_layers(torch.is_grad_enabled())
     logits = policy.model(tokens, **call, group_attend=batch.attend_all).logits.view(BG, C, -1)
     return TokenLogProb.apply(logits, batch.tokens, cfg.temperature).masked_fill(~batch.mask, 0.0)
 
@@ -1145,14 +1165,14 @@ class Metrics:
         return {name: total / (count or 1) for name, (total, count) in merged.sums.items()} | merged.peaks
 
 
-def record_rollout(metrics, turns, seconds, num_items):
+def record_rollout(metrics, task, turns, seconds, num_items):
     """Rewards, returns, lengths and speed of a rollout. num_items: the items of all processes."""
     tokens = 0
     for t, nodes in enumerate(turns):
         metrics.add(f"nodes/turn_{t}", len(nodes) if world.peer == 0 else 0, 0)
         metrics.add("tree_length", len({node.slot for node in nodes}), len(nodes) if t == 0 else 0)
         for node in nodes:
-            record_rewards(metrics, node, t)
+            record_rewards(metrics, task, node, t)
             for agent, group in node.groups.items():
                 lengths = group.mask.sum(1)
                 metrics.add(f"length/agent_{agent}", lengths.sum(), len(lengths))
@@ -1165,13 +1185,14 @@ def record_rollout(metrics, turns, seconds, num_items):
     metrics.add("rollout_s", seconds)
 
 
-def record_rewards(metrics, node, t):
+def record_rewards(metrics, task, node, t):
     """reward/turn_t is a mean over all joint actions; "reward" and its parts only over those that nothing continues."""
     metrics.add(f"reward/turn_{t}", sum(reward["total"] for reward in node.rewards), len(node.rewards))
     if t == 0:
         metrics.add("return", node.returns.sum(), len(node.returns))
+    missing = dict.fromkeys(task.maxima, 0.0)  # a part that a reward does not mention was not earned
     for k, reward in enumerate(node.rewards):
-        for name, value in reward.items():
+        for name, value in (missing | reward).items():
             if k not in node.children and isinstance(value, (int, float)):
                 metrics.add("reward" if name == "total" else f"reward/{name}", value)
     if node.history and "advice" in node.history[-1] and world.peer == 0:
@@ -1205,7 +1226,7 @@ def evaluate(policies, task, items, cfg):
         start = time.perf_counter()
         turns = rollout(policies, task, mine[i : i + AT_ONCE], cfg, EVALUATION)
         assign_credit(turns, cfg)
-        record_rollout(metrics, turns, time.perf_counter() - start, len(items))
+        record_rollout(metrics, task, turns, time.perf_counter() - start, len(items))
         first = first or turns
     return first, metrics.of_all_processes()
 

@@ -525,6 +525,7 @@ def find_task(name):
     spec = importlib.util.spec_from_file_location(f"task_file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
+    sys.path.append(str(Path(path).resolve().parent))  # it may import a file beside it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the file does

@@ -127,6 +127,7 @@ class Toy:
     """A task without data: an item is a word. Rewards are a function of the answers, or a script, one list a turn."""
 
     expert = None
+    maxima = {"total": 3.0}
 
     def __init__(self, score=lambda texts: len(set(" ".join(texts).split())) / 10, num_agents=2, script=()):
         self.score, self.num_agents, self.script = score, num_agents, list(script)
@@ -260,18 +261,14 @@ def weights_of(model):
 def test_sampler_and_scorer_are_the_policy_itself(family):
     """Temperature, dropout, a shifted logit, a mask made from ids: the scorer trained a policy that had not sampled."""
     policy, own = build_policy(family, stop_ids=STOPS), build(family).eval()
-    assert policy.model.training and policy.tokenizer.pad_token_id in policy.stop_ids
+    assert not policy.model.training and policy.tokenizer.pad_token_id in policy.stop_ids
     groups = draw(policy, group=8, max_new_tokens=10)
-    assert policy.model.training, "the mode is restored"
     assert (score(policy, groups) - batch_of(policy, groups).logp).abs().max() < 1e-4
     with torch.no_grad():
         logps = [logp for group in groups for logp in group.logp]
         for (prompt, tokens), logp in zip(rows_of(groups), logps, strict=True):
             assert (one_by_one(own, prompt, tokens, 0.7) - logp[: len(tokens)]).abs().max() < 1e-4
     assert (score(policy, groups, 2.0) - score(policy, groups, 1.0)).abs().max() > 0.1
-    policy.model.eval()
-    draw(policy)
-    assert not policy.model.training
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -439,11 +436,24 @@ def test_a_chat_prompt_ends_where_the_answer_begins():
 # ---------------------------------------------------------------- attention of a group
 
 
+SHAPES = {  # of models that need more than `build` says
+    "mistral": {"sliding_window": None},
+    "phimoe": {"num_local_experts": 4, "intermediate_size": 32},  # its router is another one in training mode
+    # its values are wider than its keys
+    "deepseek_v3": {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 12}
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    | {"first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 4},
+    # its last layers read the keys and values of earlier ones
+    "gemma4_text": {"num_hidden_layers": 3, "num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}
+    | {"global_head_dim": 8, "vocab_size_per_layer_input": V},
+}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", *SHAPES])
 def test_group_attention_is_the_models_own(family, checkpointing):
     """Attention to padding, heads in a wrong order, a prompt without gradient: the loss still fell, more slowly."""
-    options = {"sliding_window": None} if family == "mistral" else {}
+    options = SHAPES.get(family, {})
     own, policy, calls = build(family, **options).eval(), build_policy(model=build(family, **options)), []
     groups = draw(policy, group=3)
     if checkpointing:
@@ -459,9 +469,12 @@ def test_group_attention_is_the_models_own(family, checkpointing):
         theirs = one_by_one(own, prompt, tokens, 0.7)
         assert close(ours[: len(tokens)], theirs)
         (theirs * w[: len(tokens)]).sum().backward()
-    total = torch.cat([p.grad.flatten() for p in own.parameters()]).norm()
+    total = torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None]).norm()
     for (name, p), q in zip(policy.model.named_parameters(), own.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6 * total, name
+        if q.grad is None:  # an expert that no token went to
+            assert p.grad is None or not p.grad.any(), name
+        else:
+            assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6 * total, name
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "stablelm"])
@@ -1051,15 +1064,15 @@ def test_only_a_rollout_may_be_dropped():
     assert seen == {False: {True}, True: {False}} and not magrpo.world.may_stop
 
 
-@pytest.mark.parametrize(("joint", "frozen"), [("aligned", False), ("crossed", False), ("aligned", True)])
-def test_two_agents_learn_what_neither_can_win_alone(joint, frozen):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_agents_learn_what_neither_can_win_alone(frozen):
     """All parts were right, but an agent learned from the other's advantages, and rewards stayed near 1 in 4."""
 
     def score(texts):
         return sum(WORDS.index(text) if text else 1 for text in texts) % 4 == 0
 
     policies = [build_policy(agents=[i], seed=i, lr=1e-2 if i == 0 or not frozen else 1e-12) for i in range(2)]
-    options = {"group": 16, "max_new_tokens": 1, "temperature": 1.0, "joint": joint}
+    options = {"group": 16, "max_new_tokens": 1, "temperature": 1.0}
     rewards = [step(policies, Toy(score), number=n, **options)[1]["reward"] for n in range(20)]
     assert np.mean(rewards[:3]) < 0.5
     assert np.mean(rewards[-3:]) < 0.7 if frozen else np.mean(rewards[-3:]) > 0.8
@@ -1097,7 +1110,7 @@ def test_idle_processes_do_not_raise_tokens_per_second(monkeypatch):
     turns, both = grow([build_policy()], items=ITEMS[:1]), [Metrics(), Metrics()]
     monkeypatch.setattr(magrpo.world, "num_replicas", 2)
     for metrics, some in zip(both, (turns, []), strict=True):
-        magrpo.record_rollout(metrics, some, 2.0, 1)
+        magrpo.record_rollout(metrics, Toy(), some, 2.0, 1)
     tokens = sum(len(tokens) for _, tokens in rows_of(groups_of(turns, [0])))
     assert merged(monkeypatch, both)["sample_tokens_per_s"] == tokens / 2
 
@@ -1126,6 +1139,16 @@ def test_the_clip_fraction_by_hand():
     magrpo.record_ratio(metrics, ratio.log(), batch, settings(), False)
     expected = {"clip_fraction": 3 / 15, "approx_kl": (ratio - 1 - ratio.log()).mean().item()}
     assert metrics.of_all_processes() == pytest.approx(expected)
+
+
+def test_a_part_that_a_reward_leaves_out_was_not_earned():
+    """A bonus that was there only when it was earned had 100 % in every table."""
+    task = SimpleNamespace(maxima={"total": 3.0, "bonus": 0.5})
+    node = magrpo.Node("dog", 0, rewards=[{"total": 1.0, "bonus": 0.5}, {"total": 0.0}], returns=torch.ones(2))
+    metrics = Metrics()
+    magrpo.record_rewards(metrics, task, node, 0)
+    found = metrics.of_all_processes()
+    assert (found["reward"], found["reward/bonus"]) == (0.5, 0.25)
 
 
 def test_a_peak_is_the_largest():
@@ -1801,7 +1824,6 @@ RUNS = [
     "--weights=adapters --kl=0.1 --checkpointing --turns=2",
     "--num-agents=1",
     "--turns=2 --joint=crossed --group=2 --feedback=level --discount=0.9 --eval-every=1",
-    "--task=arxiv --data={abstracts} --stop-above=2",
     "--task=coding --data={problems} --num-agents=3 --turns=2 --feedback=level --history=last --visible-tests=0",
     "--dtype=bfloat16 --kl=0.1 --clip-eps-high=0.3 --normalize=constant",
 ]
@@ -2171,6 +2193,18 @@ class Growing(Couplet):
         item["prompt"] += " more"
         return [item["prompt"]] * 2
 
+class Early(Couplet):
+    defaults = Couplet.defaults | {"protocol": "sequential"}
+    def done(self, item, history):
+        return history[-1]["reward"]["rhyme"] == 1
+
+class Chat(Couplet):
+    def prompts(self, item, history):
+        return [[{"role": "user", "content": item["prompt"]}]] * 2
+
+class Options(Couplet):
+    group, turns = 4, 2
+
 class Later(Couplet):
     calls = 0
     def reward(self, item, history, texts):
@@ -2229,6 +2263,8 @@ def test_two_processes_do_not_train_in_one_folder(short_run, tmp_path, capsys):
     "my_task.py:Number": "not all names of its parts are texts",
     "my_task.py:Done": "Done fails after the first answers: TypeError",
     "my_task.py:Second": "Second fails after the first answers: KeyError: 'advice'",
+    "my_task.py:Early": "Early fails after the first answers: KeyError: 'rhyme'",
+    "my_task.py:Chat": "the list of token ids of agent 0 fails",
     "my_task.py:Growing": "Growing: prompts may depend on item and history alone",
     "my_task.py:Other": "no class Other",
     "my_task.py:Missing": "no class Missing",
@@ -2251,15 +2287,17 @@ def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys
     """Its defaults were taken for given options on the command line, which have to win."""
     (tmp_path / "my_task.py").write_text(MY_TASK)
     given = ["--model", files["llama"], "--data", files["posts"], "--steps=1", "--prompts=2", "--max-new-tokens=3"]
-    for name in ("Couplet", "Silent", "Rich"):
+    for name in ("Couplet", "Silent", "Rich", "Options"):
         out = tmp_path / name
         assert train.main([f"--task={tmp_path}/my_task.py:{name}", *given, f"--out={out}"]) == 0
         config = json.loads((out / "config.json").read_text())
         assert (config["group"], config["max_new_tokens"]) == (2, 3)
-        assert ("above its maximum" in capsys.readouterr().out) == (name == "Rich")
+        printed = capsys.readouterr().out
+        assert ("above its maximum" in printed) == (name == "Rich")
+        assert ("group, turns of the class sets no option" in printed) == (name == "Options")
         metrics = train.read_lines(out / "metrics.jsonl")[-1]
         assert ("eval/length/agent_1" in metrics) == (name != "Silent")
-    detail = train.read_lines(out / "samples.jsonl")[0]["reward"]["detail"]
+    detail = train.read_lines(tmp_path / "Rich" / "samples.jsonl")[0]["reward"]["detail"]
     assert (detail["0"], detail["words"], detail["none"]) == (1.0, [1, 2], None) and "Rich object" in detail["self"]
 
 
@@ -2280,6 +2318,15 @@ def test_in_a_sequence_there_is_nothing_to_combine():
         train.parse_args(options)
     with pytest.raises(UserError, match="lower --group or --turns"):
         train.parse_args(["--group=32", "--turns=5"])
+
+
+def test_a_task_file_may_import_a_file_beside_it(tmp_path):
+    """ModuleNotFoundError, although the two lay in one folder."""
+    (tmp_path / "words_beside.py").write_text("WORDS = ['dog', 'cat']")
+    (tmp_path / "my_task.py").write_text("import tasks, words_beside\nclass Own(tasks.Task):\n    pass\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", sys.path.copy())
+        assert tasks.find_task(f"{tmp_path}/my_task.py:Own").__name__ == "Own"
 
 
 def test_a_task_file_may_hold_a_dataclass(tmp_path):
@@ -2557,7 +2604,7 @@ def test_the_same_command_starts_a_run_and_goes_on_after_a_kill(files, fork, cal
 
 def test_a_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
     """The moments of Adam were lost, or a step was logged twice, or the damaged checkpoint was taken."""
-    flags = ["--save-every=1", "--eval-every=2", "--dtype=bfloat16"]
+    flags = ["--save-every=1", "--eval-every=2", "--dtype=bfloat16", "--warmup=5"]
     assert train.main(arguments(files, tmp_path / "whole", *flags, steps=3)) == 0
     out = tmp_path / "resumed"
     assert train.main(arguments(files, out, *flags, steps=2)) == 0
@@ -2574,10 +2621,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(files, tmp_path, capsys):
     assert_equal_runs(out, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("flags", ["--dtype=bfloat16 --warmup=5", "--weights=adapters --warmup=5"])
-def test_a_run_goes_on_in_the_middle_of_its_warmup(files, tmp_path, flags):
-    """The count of steps began again, and with it the warmup; adapters had no such test at all."""
-    flags = ["--save-every=1", *flags.split()]
+def test_a_run_of_adapters_goes_on_as_if_nothing_had_happened(files, tmp_path):
+    """The moments of Adam were lost, or the warmup began again: adapters had no such test."""
+    flags = ["--save-every=1", "--weights=adapters", "--warmup=5"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert train.main(arguments(files, whole, *flags)) == 0
     shutil.copytree(whole, part)
@@ -2809,6 +2855,23 @@ def test_resume_refuses_another_run(short_run, files, tmp_path, capsys):
     (out / "config.json").unlink()
     assert "no run there" in refused()
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+
+
+def test_items_of_any_kind_have_a_fingerprint_that_stays():
+    """A run with a set or an object in its items could not go on: the order, or the address, was another one."""
+
+    class Board:
+        pass
+
+    def fingerprint(items):
+        task = SimpleNamespace(train_items=items, eval_items=items, prompts=lambda item, history: ["dog"])
+        return train.fingerprint(task, [build_policy()])
+
+    def items(word):
+        return [{"board": Board(), "words": {word, "b", "c"}, (0, 0): 1, "b": 2, 1: float("nan")}]
+
+    assert fingerprint(items("a")) == fingerprint(items("a")) != fingerprint(items("d"))
+    assert train.plain({"b", "a", "c"}) == ["a", "b", "c"]
 
 
 def test_what_is_refused_changes_nothing(short_run, files, tmp_path, capsys):
@@ -3369,12 +3432,11 @@ def test_an_answer_may_continue_the_function_of_the_prompt():
 def test_a_busy_machine_costs_an_answer_nothing():
     """Limits were wall time: with four processes on two cores, 14 of 16 right answers were too late."""
     item = make_item("assert candidate(1) == 1")
-    main = "def f(x):\n    for _ in range(10_000_000):\n        pass\n    return x"
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: outcomes(rewards.code_reward(AUX, main, item)), range(8)))
-    assert results == [["passed"]] * 8
-    slept = rewards.code_reward(AUX, "def f(x):\n    import time\n    time.sleep(60)\n    return x", item)
-    assert outcomes(slept) == ["time-out"]
+    works = "def f(x):\n    for _ in range(10_000_000):\n        pass\n    return x"
+    sleeps = "def f(x):\n    import time\n    time.sleep(60)\n    return x"
+    with ThreadPoolExecutor(9) as pool:
+        results = list(pool.map(lambda main: outcomes(rewards.code_reward(AUX, main, item)), [works] * 8 + [sleeps]))
+    assert results == [["passed"]] * 8 + [["time-out"]]
 
 
 def test_a_test_that_goes_on_after_its_time_costs_only_itself():
@@ -3667,24 +3729,24 @@ def test_the_papers_table_goes_on_where_it_was_stopped(files, tmp_path, monkeypa
         "--steps=2",
         "--max-new-tokens=3",
     ]
-    monkeypatch.setattr(sys, "argv", ["paper.py", *given, "--seeds=2", f"--rows={rows}", f"--out={tmp_path / 'paper'}"])
+    monkeypatch.setattr(sys, "argv", ["paper.py", *given, "--seeds=1", f"--rows={rows}", f"--out={tmp_path / 'paper'}"])
     main = main_of("paper", monkeypatch)
     runs, run = [], train.run
     monkeypatch.setattr(train, "run", lambda config: runs.append(config.out) or run(config))
     main()
-    assert len(runs) == 2 * 3, "the untrained agents are evaluated in the run that trains them"
+    assert len(runs) == 3, "the untrained agents are evaluated in the run that trains them"
     table = capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in table] == rows.split("; ")
-    shutil.rmtree(tmp_path / "paper" / "magrpo2-seed1")
+    shutil.rmtree(tmp_path / "paper" / "magrpo2-seed0")
     main()
-    assert len(runs) == 2 * 3 + 1 and capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines() != []
+    assert len(runs) == 3 + 1 and capsys.readouterr().out.rpartition("| --- |")[2].strip().splitlines() != []
     picture, cells = tmp_path / "paper" / "paper.png", (tmp_path / "paper" / "paper.csv").read_text()
     assert picture.stat().st_size > 5000 and len(cells.splitlines()) == 1 + 4
     for changed, message in {"--steps=3": "other options", "--seed=5": "leave", "--task=schelling": "1 agent"}.items():
         monkeypatch.setattr(sys, "argv", ["paper.py", *given, changed, f"--out={tmp_path / 'paper'}"])
         with pytest.raises(SystemExit):
             main()
-        assert message in capsys.readouterr().err and len(runs) == 2 * 3 + 1, "nothing has run"
+        assert message in capsys.readouterr().err and len(runs) == 3 + 1, "nothing has run"
 
 
 # ---------------------------------------------------------------- what a run shows

@@ -340,6 +340,8 @@ def save_agent(policy, agent, folder):
 def ask(config, task, policies):
     """Print what the agents answer to the text of --ask, and what that earns."""
     text = config.ask
+    if not (task.fields or isinstance(task.train_items[0], dict)):
+        raise UserError(f"--ask cannot make an item of the task {config.task}: its items are no dicts")
     names = [field.split("|")[0] for field in task.fields] or list(task.train_items[0])
     wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
     with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
@@ -577,7 +579,6 @@ def load_policies(config, device="cpu"):
         model, tokenizer = load_model(names[agents[0] % len(names)].strip(), device, config.temperature)
         if config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()  # transformers checkpoints in training mode only; Policy switches dropout off
         starts = [adapters[agent] for agent in agents] if config.weights == "adapters" else None
         policy = Policy(model, tokenizer, agents, config, choose_dtype(config, device), not config.eval_only, starts)
         policy.template = template_options(config)
@@ -586,7 +587,7 @@ def load_policies(config, device="cpu"):
                 raise UserError(f"--template {name}: the chat template of agent {agents[0]} has no option {name}")
         if config.kl and not config.eval_only and not starts:
             policy.reference = copy.copy(policy)
-            policy.reference.model = copy.deepcopy(model).eval().requires_grad_(False)
+            policy.reference.model = copy.deepcopy(model).requires_grad_(False)
         policies.append(policy)
     return policies
 
@@ -702,8 +703,9 @@ def check_reward(task, turns):
     item = task.train_items[0]
     with refusing(f"the task {name} fails on its first item"):
         prompts = task.prompts(item, [])
+        first = [None if prompt is None else "word" for prompt in prompts]  # what the first turn says
         # In a sequence, agents that are silent now will have answered before the reward is computed.
-        texts = [None if prompt is None and task.protocol == "parallel" else "word" for prompt in prompts]
+        texts = first if task.protocol == "parallel" else ["word"] * len(prompts)
         reward = magrpo.checked_rewards(task, [(item, [], texts)])[0]
     numbers = [part for part, value in reward.items() if isinstance(value, (int, float))]
     if not isinstance(task.maxima, dict):
@@ -714,7 +716,9 @@ def check_reward(task, turns):
         said = f"maxima names {', '.join(task.maxima)}, its reward has the numbers {', '.join(numbers)}"
         raise UserError(f"the task {name}: {said}")
     with refusing(f"the task {name} fails after the first answers"):
-        history = [{"texts": texts, "reward": reward}]
+        history = [{"texts": first, "reward": reward}]
+        if first != texts:  # a sequence: nothing is paid before all have answered
+            history[0]["reward"] = magrpo.checked_rewards(task, [(item, [], first)])[0]
         if not task.done(item, history) and turns > 1:
             magrpo.checked_prompts(task, item, history)
     if task.prompts(item, []) != prompts:
@@ -725,7 +729,10 @@ def check_reward(task, turns):
             raise UserError(f"the task {name}: maxima must be numbers above 0, not {task.maxima}")
         if reward[part] > most:
             above.append(part)
-    return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima" if above else ""
+    if above:
+        return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima"
+    options = sorted(set(vars(type(task))) & {field.name for field in dataclasses.fields(Config)} - {"prompts"})
+    return f"the task {name}: {', '.join(options)} of the class sets no option; `defaults` does" if options else ""
 
 
 def check_prompts(config, task, policies):
@@ -747,7 +754,8 @@ def check_prompts(config, task, policies):
                 if prompt is None or (n >= fully_checked and len(str(prompt).encode()) <= enough):
                     continue
                 try:
-                    with refusing(f"the chat template of agent {agent} fails"):
+                    wrong = "chat template" if isinstance(prompt, str) else "list of token ids"
+                    with refusing(f"the {wrong} of agent {agent} fails"):
                         ids, _ = magrpo.fit_prompt(policy, task, agent, magrpo.Node(item, 0), config)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from error
@@ -818,7 +826,8 @@ def fingerprint(task, policies):
     tokens = {}
     for theirs in world.exchange(mine):
         tokens |= theirs
-    content = json.dumps([task.train_items, task.eval_items, sorted(tokens.items())], sort_keys=True, default=str)
+    content = json.dumps(plain([task.train_items, task.eval_items, sorted(tokens.items())]), sort_keys=True)
+    content = re.sub(" at 0x[0-9a-f]+", "", content)  # the place of an object in memory, in its repr
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -998,7 +1007,9 @@ def plain(value):
         value = value.tolist()
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)  # its order differs from process to process
+    if isinstance(value, (list, tuple)):
         return list(map(plain, value))
     if isinstance(value, float):
         return value if math.isfinite(value) else None

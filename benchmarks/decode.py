@@ -58,7 +58,7 @@ def copy_speed():
 def measure(policy, prompts, group, compiled, speed):
     """Print the time of a decode step of prompts * group rows."""
     torch._dynamo.reset()
-    model = policy.model.eval()
+    model = policy.model
     groups = []
     for b in range(prompts):
         tokens = np.random.default_rng(b).integers(0, model.config.vocab_size, PROMPT)

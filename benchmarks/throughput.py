@@ -57,7 +57,7 @@ def run_ours(args):
     class Fixed:
         """A task whose reward is cheap and never flat."""
 
-        num_agents, expert = args.agents, None
+        num_agents, expert, maxima = args.agents, None, {}
 
         def prompts(self, item, history):
             return [prompt_of(agent, item) for agent in range(args.agents)]
