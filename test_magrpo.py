@@ -477,13 +477,23 @@ def test_group_attention_is_the_models_own(family, checkpointing):
             assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6 * total, name
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "stablelm"])
+REFUSED = {
+    "gemma2": "softcap",
+    "gpt_oss": "s_aux",
+    "stablelm": "group_attend",
+    "doge": "a mask of its own",
+    "llama4_text": "layers of chunked_attention",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
 def test_attention_that_is_not_implemented_is_refused(family):
-    """A model with soft-capped scores, or with attention sinks, ran without them and sampled from another policy; one
-    that hands nothing on to its attention ended in a traceback.
+    """A model with soft-capped scores, attention sinks, chunks or a mask of its own ran without them, and sampled from
+    another policy; one that hands nothing on to its attention ended in a traceback.
     """
-    with pytest.raises(UserError, match="attention"):
-        build_policy(family)
+    options = {"llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 32}, "doge": {"keep_window_size": 8}}
+    with pytest.raises(UserError, match=REFUSED[family]):
+        build_policy(model=build(family, **options.get(family, {})))
 
 
 def test_a_sliding_window_is_the_context():
