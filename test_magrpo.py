@@ -1284,6 +1284,7 @@ def test_rewards_of_another_form_are_refused(monkeypatch, rewards, message):
 
 
 def test_a_task_without_data_asks_for_it(monkeypatch):
+    """TypeError: unsupported operand, of a path and None."""
     monkeypatch.setattr(Repeat, "default_data", None)
     with pytest.raises(UserError, match="--data"):
         Repeat(2)
@@ -2367,6 +2368,7 @@ def test_only_the_last_of_several_writers_removes_what_has_failed(tmp_path):
 
 
 def test_tasks_and_protocols_bring_defaults_and_given_options_win():
+    """A default of the task won over an option that was given, or that of all tasks over the task's."""
     game = train.parse_args(["--task=schelling", "--group=5"])
     assert (game.weights, game.group, game.max_new_tokens) == (
         "adapters",
@@ -2384,7 +2386,7 @@ def test_tasks_and_protocols_bring_defaults_and_given_options_win():
 
 
 def test_data_may_begin_with_a_byte_order_mark(tmp_path):
-    """Editors on Windows write one."""
+    """Editors on Windows write one, and the first line was not valid JSON."""
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "dog"}), encoding="utf-8-sig")
     assert tasks.load_items(tmp_path / "data.jsonl", ["prompt"]) == [{"prompt": "dog"}]
 
@@ -2417,6 +2419,7 @@ def test_trained_agents_are_evaluated_as_whole_models(tmp_path, weights):
     "--frozen=1 --weights=shared": "--weights shared",
 }.items())  # fmt: skip
 def test_protocols_and_frozen_agents_that_cannot_work_are_refused(given, message):
+    """A sequence of three agents in two turns was never rewarded; a team in which all are frozen never learned."""
     with pytest.raises(UserError, match=message):
         train.parse_args(given.split())
 
@@ -3089,7 +3092,7 @@ def test_no_text_breaks_a_writing_reward(text):
 
 
 def test_code_reward_agrees_with_recorded_ones():
-    """Thirteen kinds of answer to HumanEval problems: fenced, in prose, wrappers, without helper, wrong, broken, ..."""
+    """A change of the reader or the judge paid other answers. Thirteen kinds: fenced, in prose, wrappers, ..."""
     items = human_eval()
     rows = golden("code")
     results = rewards.judge_many([(row["aux"], row["main"], items[row["task_id"]]) for row in rows])
@@ -3757,6 +3760,29 @@ def test_the_papers_table_goes_on_where_it_was_stopped(files, tmp_path, monkeypa
         with pytest.raises(SystemExit):
             main()
         assert message in capsys.readouterr().err and len(runs) == 3 + 1, "nothing has run"
+
+
+def test_a_run_is_one_run_for_the_package_of_log(files, tmp_path, monkeypatch):
+    """A run that went on began a second one there, or sent the steps again that it had sent before the kill."""
+    sent = tmp_path / "sent.jsonl"
+    (tmp_path / "wandb.py").write_text(f"""
+import json
+class Run:
+    def log(self, values, step):
+        with open({str(sent)!r}, "a") as file:
+            file.write(json.dumps([self.id, step, "reward" in values]) + "\\n")
+def init(**options):
+    run = Run()
+    run.id = options["id"]
+    return run
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    out = tmp_path / "run"
+    assert train.main(arguments(files, out, "--log=wandb", steps=1)) == 0
+    assert train.main([f"--resume={out}", "--steps=2"]) == 0
+    ids, steps, trained = zip(*train.read_lines(sent), strict=True)
+    assert len(set(ids)) == 1 and [s for s, t in zip(steps, trained, strict=True) if t] == [1, 2]
 
 
 # ---------------------------------------------------------------- what a run shows
