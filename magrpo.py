@@ -376,8 +376,8 @@ class Policy:
             self.masters[agent] = self.trained
             if self.has_copies:
                 self.masters[agent] = [self.piece(p, agent).detach().float().clone() for p in self.trained]
-            for master in self.masters[agent]:
-                master.requires_grad_()
+                for master in self.masters[agent]:
+                    master.requires_grad_()
         for p in model.parameters():
             p.data = p.data.to(dtype)  # not model.to(dtype), which would also round the rotary frequencies
         if train:
@@ -389,7 +389,7 @@ class Policy:
             self.reference.bare = True
 
     def checkpoint_layers(self, on):
-        """Whether the next call computes layers again in the backward pass, if --checkpointing has enabled that.
+        """Say whether the next call computes layers again in the backward pass, if --checkpointing has enabled that.
 
         transformers does so in training mode. The modules inside a layer stay in evaluation mode: in training mode,
         some compute something else, such as routers that add noise.
@@ -1190,9 +1190,9 @@ def record_rewards(metrics, task, node, t):
     metrics.add(f"reward/turn_{t}", sum(reward["total"] for reward in node.rewards), len(node.rewards))
     if t == 0:
         metrics.add("return", node.returns.sum(), len(node.returns))
-    missing = dict.fromkeys(task.maxima, 0.0)  # a part that a reward does not mention was not earned
+    unearned = dict.fromkeys(task.maxima, 0.0)  # of a part that a reward does not mention
     for k, reward in enumerate(node.rewards):
-        for name, value in (missing | reward).items():
+        for name, value in (unearned | reward).items():
             if k not in node.children and isinstance(value, (int, float)):
                 metrics.add("reward" if name == "total" else f"reward/{name}", value)
     if node.history and "advice" in node.history[-1] and world.peer == 0:

@@ -525,7 +525,9 @@ def find_task(name):
     spec = importlib.util.spec_from_file_location(f"task_file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    sys.path.append(str(Path(path).resolve().parent))  # it may import a file beside it
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:  # this function is called more than once in a run
+        sys.path.append(folder)  # the file may import another one beside it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the file does

@@ -2275,7 +2275,7 @@ def test_two_processes_do_not_train_in_one_folder(short_run, tmp_path, capsys):
     "my_task.py:Done": "Done fails after the first answers: TypeError",
     "my_task.py:Second": "Second fails after the first answers: KeyError: 'advice'",
     "my_task.py:Early": "Early fails after the first answers: KeyError: 'rhyme'",
-    "my_task.py:Chat": "the list of token ids of agent 0 fails",
+    "my_task.py:Chat": "the prompt of agent 0 is neither a text nor a list of token ids",
     "my_task.py:Growing": "Growing: prompts may depend on item and history alone",
     "my_task.py:Other": "no class Other",
     "my_task.py:Missing": "no class Missing",
@@ -2305,7 +2305,7 @@ def test_a_task_from_a_file_trains_with_its_own_defaults(files, tmp_path, capsys
         assert (config["group"], config["max_new_tokens"]) == (2, 3)
         printed = capsys.readouterr().out
         assert ("above its maximum" in printed) == (name == "Rich")
-        assert ("group, turns of the class sets no option" in printed) == (name == "Options")
+        assert ("group, turns set no options" in printed) == (name == "Options")
         metrics = train.read_lines(out / "metrics.jsonl")[-1]
         assert ("eval/length/agent_1" in metrics) == (name != "Silent")
     detail = train.read_lines(tmp_path / "Rich" / "samples.jsonl")[0]["reward"]["detail"]
@@ -3247,7 +3247,7 @@ def test_no_answer_keeps_the_trainer_busy_with_reading():
         raise TimeoutError("reading has used ten seconds of CPU")
 
     usual = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 10)  # of this process, so a busy machine does not matter; it needs one
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)  # of this process, so a busy machine does not matter; about one is used
     try:
         for unit in ('\\"', "'\\", '"' * 3, "    ```\n", " def f(\n", "a,", "x[", "f(", ") ", "#", "\n]", "x: "):
             text = "def f(x):\n    return 1\n" + unit * (rewards.MAX_ANSWER // len(unit))

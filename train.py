@@ -138,6 +138,9 @@ def set_up_task(config):
         task = find_task(config.task)(**options, expert=expert)
         _ = task.train_items, task.eval_items  # a class with an __init__ of its own may have forgotten Task's
     print_warning(task.warning())
+    misplaced = set(vars(type(task))) & set(vars(config)) - {"prompts"}  # of that name, a task has a function
+    if misplaced:
+        print_warning(f"the task's attributes {', '.join(sorted(misplaced))} set no options; use `defaults`")
     if expert and world.rank == 0:
         print_warning(expert.warning())
     if config.turns == 1 and config.feedback != "plain":
@@ -163,7 +166,7 @@ def train(config, task, policies):
     after = None  # metrics and an episode of the trained agents
     saved_step = progress.step if progress.before else None  # of the newest checkpoint
     saved_at = time.monotonic()
-    finished = optimizer_steps(policies)  # in progress.step steps
+    finished = optimizer_steps(policies)  # when the last training step was finished
     log = Log(config, progress) if world.rank == 0 else None  # after all checks: a refused --resume changes no file
     evaluated = world.gather(log and log.evaluated)[0]  # the step of the last evaluation, -1 if there is none
     try:
@@ -213,7 +216,7 @@ def train(config, task, policies):
 
 
 def save_due(config, step, saved_at):
-    """Whether to write a checkpoint after a step: the last one, every --save-every, or ten minutes after the newest."""
+    """Whether to write a checkpoint: after the last step, every --save-every steps, or ten minutes after the newest."""
     if config.save_every:
         regular = step % config.save_every == 0
     else:
@@ -341,7 +344,7 @@ def ask(config, task, policies):
     """Print what the agents answer to the text of --ask, and what that earns."""
     text = config.ask
     if not (task.fields or isinstance(task.train_items[0], dict)):
-        raise UserError(f"--ask cannot make an item of the task {config.task}: its items are no dicts")
+        raise UserError(f"--ask needs a task whose items are dicts; those of {config.task} are not")
     names = [field.split("|")[0] for field in task.fields] or list(task.train_items[0])
     wanted = "a text" if len(names) == 1 else f"JSON with {', '.join(names)}"
     with refusing(f"--ask cannot be read as {wanted}", (OSError, ValueError, TypeError, RecursionError)):
@@ -729,10 +732,7 @@ def check_reward(task, turns):
             raise UserError(f"the task {name}: maxima must be numbers above 0, not {task.maxima}")
         if reward[part] > most:
             above.append(part)
-    if above:
-        return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima"
-    options = sorted(set(vars(type(task))) & {field.name for field in dataclasses.fields(Config)} - {"prompts"})
-    return f"the task {name}: {', '.join(options)} of the class sets no option; `defaults` does" if options else ""
+    return f"the task {name}: {', '.join(above)} of its reward is above its maximum in maxima" if above else ""
 
 
 def check_prompts(config, task, policies):
@@ -753,9 +753,11 @@ def check_prompts(config, task, policies):
                 prompt = prompts[agent]
                 if prompt is None or (n >= fully_checked and len(str(prompt).encode()) <= enough):
                     continue
+                wrong = f"the prompt of agent {agent} is neither a text nor a list of token ids"
+                if isinstance(prompt, str):
+                    wrong = f"the chat template of agent {agent} fails"
                 try:
-                    wrong = "chat template" if isinstance(prompt, str) else "list of token ids"
-                    with refusing(f"the {wrong} of agent {agent} fails"):
+                    with refusing(wrong):
                         ids, _ = magrpo.fit_prompt(policy, task, agent, magrpo.Node(item, 0), config)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from error

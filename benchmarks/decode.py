@@ -4,7 +4,8 @@
 
 A model of SmolLM2-1.7B's shape with random bfloat16 weights, prompts of 128 tokens. A step draws one token for each
 row. It is repeated as a CUDA graph, as magrpo.sample does, and once more with the model compiled. The bound is the time
-to read the weights and the cached keys and values once, at the speed at which the GPU copies memory.
+to read the weights and the cached keys and values once, at the speed at which the GPU copies memory. A profile of one
+more step counts the kernels, and adds up the time of the matrix products.
 """
 
 import json
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from magrpo import Group, GroupCache, Policy, Prompts, Settings, inverse_cdf, log_policy
@@ -98,8 +100,17 @@ def measure(policy, prompts, group, compiled, speed):
     for layer in cache.own:
         read += sum(part.nbytes for part in cache.prompt[layer])
         read += sum(part[:, :, : cache.width].nbytes for part in cache.own[layer])
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        graph.replay()
+        torch.cuda.synchronize()
+    kernels, products = 0, 0.0
+    for kernel in profiler.key_averages():
+        kernels += kernel.count
+        if "nvjet" in kernel.key or "gemm" in kernel.key or "splitK" in kernel.key:  # names of cuBLAS
+            products += kernel.self_device_time_total / 1e3
     line = {"compiled": compiled, "rows": prompts * group, "prompts": prompts, "ms": 1e3 * taken}
-    print(json.dumps(line | {"bound_ms": 1e3 * read / speed, "warm_up_s": warm_up}), flush=True)
+    line |= {"bound_ms": 1e3 * read / speed, "kernels": kernels, "products_ms": products, "warm_up_s": warm_up}
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
